@@ -1,0 +1,108 @@
+"""A model folder: diffusers' layout, safetensors only, read strictly.
+
+vlm/ connector/ transformer/ vae/ tokenizer/ scheduler/ model_index.json; every stage ends in one, and exports are one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import nn
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from model.config import ModelConfig
+from model.connector import StackedChannelBridging
+from model.deepgen import DeepGen, build_connector
+from model.dit import DeepGenTransformer
+from model.vae import LinearAutoencoder
+from runtime.files import write_json
+
+PARTS = ("vlm", "connector", "transformer", "vae")
+VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "LinearAutoencoder": LinearAutoencoder}
+CLASSES: dict[str, tuple[str, str]] = {
+    "vlm": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
+    "connector": ("model.connector", "StackedChannelBridging"),
+    "transformer": ("model.dit", "DeepGenTransformer"),
+    "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+}
+
+
+class WeightsMismatch(Exception):
+    """Stored tensors do not fit the model: which are missing, surplus or of another shape."""
+
+
+def save_model(model: DeepGen, folder: Path) -> None:
+    """Write every part of `model` under `folder`. Equal weights give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Any] = {"vlm": model.vlm, "connector": model.connector, "transformer": model.dit, "vae": model.vae}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name, safe_serialization=True)
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    FlowMatchEulerDiscreteScheduler(shift=model.timestep_shift).save_pretrained(folder / "scheduler")
+    index = {name: list(place) for name, place in CLASSES.items()}
+    vae = type(model.vae).__name__
+    index["vae"] = ["diffusers" if vae == "AutoencoderKL" else "model.vae", vae]
+    write_json(folder / "model_index.json", index | {"_class_name": "DeepGenPipeline", "max_prompt_tokens": model.max_prompt_tokens})
+    for config in sorted(folder.rglob("*.json")):  # where a part was read from is no property of it, and would differ between clones
+        content = json.loads(config.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            write_json(config, content)
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> DeepGen:
+    """The model in `folder`, offline and strict.
+
+    Raises:
+        FileNotFoundError: no model_index.json there.
+        WeightsMismatch: a tensor is missing, surplus or misshapen.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model_index.json; expected a model folder with {', '.join(PARTS)}.")
+    index = json.loads((folder / "model_index.json").read_text())
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return DeepGen(
+        vlm=_load_vlm(folder / "vlm", dtype),
+        connector=_load_part(StackedChannelBridging, folder / "connector", dtype),
+        dit=_load_part(DeepGenTransformer, folder / "transformer", dtype),
+        vae=_load_part(VAE_CLASSES[index["vae"][1]], folder / "vae", dtype),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        timestep_shift=scheduler["shift"],
+        max_prompt_tokens=index["max_prompt_tokens"],
+    )
+
+
+def load_foundation(folder: Path, config: ModelConfig) -> DeepGen:
+    """The capable parts in `folder` (vlm, transformer, vae, tokenizer) with a fresh connector; seed torch before calling."""
+    vae = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+    return DeepGen(
+        vlm=_load_vlm(folder / "vlm", torch.float32),
+        connector=build_connector(config),
+        dit=_load_part(DeepGenTransformer, folder / "transformer", torch.float32),
+        vae=_load_part(VAE_CLASSES[vae], folder / "vae", torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        timestep_shift=config.timestep_shift,
+        max_prompt_tokens=config.vlm.max_prompt_tokens,
+    )
+
+
+def _load_vlm(folder: Path, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    _refuse_mismatch(folder, info)
+    return model
+
+
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    part, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    _refuse_mismatch(folder, info)
+    return part
+
+
+def _refuse_mismatch(folder: Path, info: dict[str, Any]) -> None:
+    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
+    if problems:
+        raise WeightsMismatch(f"{folder}: its weights do not fit its config: {problems}. Publish or fetch the folder again.")

@@ -1,0 +1,132 @@
+"""One Dagster asset per stage of dvc.yaml. The graph is written there; here it is only read."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from orchestration.console import say
+from orchestration.dvc import DvcCommand, DvcError
+from orchestration.stage_process import StageFailed, StageProcess
+from runtime.files import sha256_json, sha256_path
+from runtime.params import parse_params
+from runtime.recipe import Stage, look_up
+from runtime.stage import stage_digests
+
+SOURCES = "sources"
+
+
+def asset_name(stage: Stage) -> str:
+    """The thing that exists afterwards: `sft`, `mixture_sft`; all parts of a partitioned group share the group's name."""
+    return stage.group if stage.key is None or stage.meta.get("partitioned") else f"{stage.group}_{stage.key}"
+
+
+def group_stages(stages: dict[str, Stage]) -> dict[str, list[Stage]]:
+    """Asset name -> its stages: one, or one a partition."""
+    grouped: dict[str, list[Stage]] = defaultdict(list)
+    for stage in stages.values():
+        grouped[asset_name(stage)].append(stage)
+    return dict(grouped)
+
+
+def upstream(stage: Stage, stages: dict[str, Stage]) -> list[str]:
+    """Names of the assets whose outputs this stage reads: as they are, a part of them, or a folder that holds them."""
+    names = {
+        asset_name(other)
+        for other in stages.values()
+        for out in other.outs
+        for path in stage.inputs
+        if other.name != stage.name and _overlap(path, out)
+    }
+    return sorted(names)
+
+
+def _overlap(a: str, b: str) -> bool:
+    return a == b or a.startswith(b.rstrip("/") + "/") or b.startswith(a.rstrip("/") + "/")
+
+
+def build_assets(root: Path, stages: dict[str, Stage]) -> list[dg.AssetsDefinition]:
+    """Every stage as an asset, in the order of dvc.yaml."""
+    return [stage_asset(root, name, members, stages) for name, members in group_stages(stages).items()]
+
+
+def stage_asset(root: Path, name: str, members: list[Stage], stages: dict[str, Stage]) -> dg.AssetsDefinition:
+    """The asset of one stage, or of a partitioned group of stages."""
+    first = members[0]
+    deps = sorted({dep for stage in members for dep in upstream(stage, stages)})
+    partitioned = bool(first.meta.get("partitioned"))
+    by_key = {stage.key: stage for stage in members}
+
+    @dg.asset(
+        name=name,
+        deps=deps or ([SOURCES] if partitioned else []),
+        group_name=first.meta.get("group", first.group),
+        kinds=set(first.meta.get("kinds", [])) | {"dvc"},
+        description=first.desc,
+        pool=first.meta.get("pool"),
+        code_version=sha256_json({path: sha256_path(root / path) for path in first.code})[:16],
+        partitions_def=dg.StaticPartitionsDefinition([str(key) for key in by_key]) if partitioned else None,
+        backfill_policy=dg.BackfillPolicy.single_run() if partitioned else None,
+    )
+    def run(context: dg.AssetExecutionContext, stage_process: dg.ResourceParam[StageProcess], dvc: dg.ResourceParam[DvcCommand]) -> Any:
+        if not partitioned:
+            metadata = materialize(context, first, stage_process, dvc)
+            return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(dvc.lock_md5(first)))
+        chosen = [by_key[key] for key in context.partition_keys]
+        for stage in chosen:
+            context.add_asset_metadata(materialize(context, stage, stage_process, dvc), partition_key=stage.key)
+        versions = {stage.name: dvc.lock_md5(stage) for stage in chosen}
+        return dg.MaterializeResult(data_version=dg.DataVersion(sha256_json(versions) if len(versions) > 1 else versions[chosen[0].name]))
+
+    return run
+
+
+def materialize(context: dg.AssetExecutionContext, stage: Stage, stage_process: StageProcess, dvc: DvcCommand) -> dict[str, Any]:
+    """Bring one stage up to date and recorded; the metadata to show. What is clean already is left alone.
+
+    Raises:
+        dagster.Failure: the command failed, or what it depends on changed while it ran. Not retried: the same again would fail again.
+    """
+    try:
+        if dvc.is_clean(stage.name):
+            say(f"{stage.name}: up to date, skipped")
+            return {"cached": True, "md5": dvc.lock_md5(stage)}
+        say(f"{stage.name}: {stage.cmd}")
+        reported = stage_process.run_stage(context, stage)
+        _refuse_if_moved(stage_process.root, stage, reported)
+        dvc.commit(stage)
+        return reported | {"cached": False, "md5": dvc.lock_md5(stage)}
+    except StageFailed as error:
+        raise dg.Failure(
+            str(error), allow_retries=False, metadata={"exit_code": error.code, "last_lines": dg.MetadataValue.md(f"```\n{error.tail}\n```")}
+        ) from None
+    except DvcError as error:
+        raise dg.Failure(f"{stage.name}: {error}", allow_retries=False) from None
+
+
+def _refuse_if_moved(root: Path, stage: Stage, reported: dict[str, Any]) -> None:
+    """What the command recorded when it began must still hold now, or dvc.lock would pair new inputs with old outputs."""
+    began = reported.get("digests")
+    if began is None:
+        raise dg.Failure(f"{stage.name}: its command reported no digests of what it read; nothing is recorded.", allow_retries=False)
+    before = dict(began.value)
+    after = stage_digests(root, stage, parse_params((root / "params.yaml").read_text()))
+    moved = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if moved:
+        raise dg.Failure(
+            f"{stage.name}: {', '.join(moved)} changed while it ran. Its outputs are kept, and not recorded. "
+            "Run `deepgen run` again for the settings as they are now, or put the change back first.",
+            allow_retries=False,
+        )
+
+
+def sources_asset(root: Path) -> dg.AssetsDefinition:
+    """What the shards are drawn or read from. Its version is the digest of the catalogue, so a new part shows as new data."""
+
+    @dg.observable_source_asset(name=SOURCES, group_name="data", description="The catalogue of data parts in params.yaml.")
+    def sources() -> dg.DataVersion:
+        values = parse_params((root / "params.yaml").read_text())
+        return dg.DataVersion(sha256_json(look_up(values, "data.parts"))[:16])
+
+    return sources

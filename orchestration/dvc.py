@@ -1,0 +1,97 @@
+"""DVC, as a command: is a stage's output up to date, record it, and what did `dvc.lock` record."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runtime.recipe import Stage
+
+BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "Unable to acquire rwlock")
+WAITS = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries while another DVC command holds the clone
+
+
+class DvcError(Exception):
+    """DVC refused, or is not installed."""
+
+
+def find_dvc(root: Path) -> str:
+    """The dvc program: $DVC_BIN, else `.venv-dvc/bin/dvc` in the clone, else `dvc` on PATH."""
+    if given := os.environ.get("DVC_BIN"):
+        if not os.access(given, os.X_OK):
+            raise DvcError(f"DVC_BIN is {given}, which is no program. Unset it, or point it at dvc.")
+        return given
+    own = root / ".venv-dvc" / "bin" / "dvc"
+    found = str(own) if os.access(own, os.X_OK) else shutil.which("dvc")
+    if found is None:
+        raise DvcError(f"dvc is not installed: expected {own} or `dvc` on PATH. Run `make setup`, or set DVC_BIN.")
+    return found
+
+
+@dataclass(frozen=True)
+class DvcCommand:
+    """The commands of DVC that the assets need, run at `root` with this interpreter first on PATH."""
+
+    root: Path
+
+    def changes(self, name: str) -> list[Any]:
+        """What `dvc status` says of one stage; empty if its params, inputs, code, command and outputs are as recorded."""
+        return json.loads(self._run("status", "--json", name) or "{}").get(name, [])
+
+    def is_clean(self, name: str) -> bool:
+        return not self.changes(name)
+
+    def changed_outs(self, name: str) -> dict[str, str]:
+        """Outputs of a stage that are not what was recorded, with how they differ (modified, deleted, not in cache)."""
+        return {
+            path: how for entry in self.changes(name) if isinstance(entry, dict) for path, how in entry.get("changed outs", {}).items()
+        }
+
+    def commit(self, stage: Stage) -> None:
+        """Record the stage's inputs and outputs in dvc.lock, and its outputs in the cache."""
+        self._run("commit", "--force", stage.name)
+
+    def lock_md5(self, stage: Stage) -> str:
+        """Content hash of the stage's first output, as recorded.
+
+        Raises:
+            DvcError: dvc.lock does not know the stage.
+        """
+        md5 = self.recorded().get(stage.name)
+        if md5 is None:
+            raise DvcError(f"dvc.lock holds no output of {stage.name}: record it with `dvc repro {stage.name}` or `deepgen run`.")
+        return md5
+
+    def recorded(self) -> dict[str, str]:
+        """Stage name -> content hash of its first output, for every stage in dvc.lock."""
+        path = self.root / "dvc.lock"
+        stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {}) if path.is_file() else {}
+        return {name: entry["outs"][0]["md5"] for name, entry in stages.items() if entry.get("outs")}
+
+    def _run(self, *arguments: str) -> str:
+        command = [find_dvc(self.root), *arguments]
+        for wait in (*WAITS, None):
+            # A session of its own: Ctrl-C at the terminal must not cut a commit in two.
+            process = subprocess.Popen(
+                command, cwd=self.root, env=self._environment(), text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            try:
+                output, errors = process.communicate()
+            except BaseException:
+                process.wait()
+                raise
+            if process.returncode == 0:
+                return output
+            if wait is None or not any(sign in errors for sign in BUSY):
+                break
+            time.sleep(wait)
+        raise DvcError(f"`dvc {' '.join(arguments)}` failed ({process.returncode}): {errors.strip() or output.strip()}")
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(self.root / ".dvc" / "tmp" / "site")}

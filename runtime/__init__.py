@@ -1,0 +1,1 @@
+"""The slab under the house: files, keys, progress, and what it means to run one stage. Standard library and pydantic only."""

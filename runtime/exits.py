@@ -1,0 +1,63 @@
+"""Exit codes of a stage command, and how it ends when told to or when its parent dies."""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+DONE = 0
+FAILED = 1
+BAD_PARAMS = 2
+INPUTS_CHANGED = 3
+LOCKED = 4
+INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command to go on
+
+PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(Exception):
+    """The stage was asked to stop and has saved its state; the same command continues it."""
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGHUP; the loop looks at it after each step. A second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        print(f"{signal.Signals(number).name}: finishing this step, then saving. Once more to stop at once.", flush=True)
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+def exit_with_parent() -> None:
+    """Receive SIGTERM when the parent dies, so that a killed orchestrator leaves no orphan; a stuck process is ended after 60 s.
+
+    Survives `exec`, so a launcher that this process becomes is covered as well. Linux only.
+    """
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed: this stage needs Linux")
+    if os.getppid() != parent:  # it died between the two calls
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

@@ -1,0 +1,178 @@
+"""The whole of params.yaml, typed: each section's model lives in the `config.py` of the room that uses it."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from data.config import DataConfig, MixtureConfig
+from pydantic import ValidationError, model_validator
+
+from model.config import FoundationConfig, ModelConfig
+from orchestration.config import GatesConfig, RegistryConfig, RetrainConfig
+from runtime.settings import Settings
+from training.config import EvaluationConfig, LaunchConfig, MRGRPOConfig, SupervisedConfig
+
+STAGES = ("alignment", "sft", "mr_grpo")
+MAX_BYTES = 1_000_000
+
+
+class ParamsError(Exception):
+    """params.yaml can't be used. Each line names a key, its value and what is allowed."""
+
+
+class Params(Settings):
+    """params.yaml. Checked as a whole before any work starts."""
+
+    preset: str
+    data: DataConfig
+    mixture: dict[Literal["alignment", "sft", "mr_grpo"], MixtureConfig]
+    foundation: FoundationConfig
+    model: ModelConfig
+    alignment: SupervisedConfig
+    sft: SupervisedConfig
+    mr_grpo: MRGRPOConfig
+    evaluation: EvaluationConfig
+    launch: LaunchConfig
+    gates: GatesConfig
+    registry: RegistryConfig
+    retrain: RetrainConfig
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> Self:
+        if set(self.mixture) != set(STAGES):
+            raise ValueError(f"mixture: names {sorted(self.mixture)}, must name each of {list(STAGES)}")
+        used = [(f"mixture.{stage}.parts", name) for stage, mixture in self.mixture.items() for name in mixture.parts]
+        used += [("evaluation.parts", name) for name in self.evaluation.parts]
+        for key, name in used:
+            if name not in self.data.parts:
+                raise ValueError(f"{key}: names {name!r}, which data.parts lacks; allowed: {sorted(self.data.parts)}")
+            split = self.data.parts[name].split
+            if (split == "evaluation") != (key == "evaluation.parts"):
+                raise ValueError(f"{key}: {name!r} is of the {split} split; training reads no evaluation part, and evaluation no other")
+        for stage, mixture in self.mixture.items():
+            for task, share in mixture.ratio.items():
+                weight = sum(w for name, w in mixture.parts.items() if self.data.parts[name].task == task)
+                if share > 0 and weight <= 0:
+                    raise ValueError(
+                        f"mixture.{stage}: ratio.{task} is {share}, but the weights of its {task} parts sum to {weight}; must be above 0"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        side = self.data.image_size
+        step = self.model.vae.downscale * self.model.dit.patch_size
+        if side % step:
+            raise ValueError(f"data.image_size: {side} must be a multiple of {step} (vae.downscale x dit.patch_size)")
+        vision = self.model.vlm.vision
+        token = vision.patch_size * vision.spatial_merge_size
+        if side * 28 // 32 % token or side % 32:
+            raise ValueError(
+                f"data.image_size: {side} x 28/32 must be a whole number of {token}-pixel vision tokens, and {side} a multiple of 32"
+            )
+        if side // step > self.model.dit.pos_embed_max_size:
+            raise ValueError(
+                f"model.dit.pos_embed_max_size: {self.model.dit.pos_embed_max_size} is below the {side // step} positions of a side"
+            )
+        for stage in ("alignment", "sft"):
+            section: SupervisedConfig = getattr(self, stage)
+            cycle = sum(self.mixture[stage].ratio.values())  # type: ignore[index]
+            unit = section.micro_batch_size * self.launch.processes * cycle
+            if section.batch_size % unit:
+                raise ValueError(
+                    f"{stage}.batch_size: {section.batch_size} must be a multiple of {unit} "
+                    f"(micro_batch_size {section.micro_batch_size} x launch.processes {self.launch.processes} x mixture ratio sum {cycle}), "
+                    "so that every optimizer step sees the exact ratio"
+                )
+        images = self.mr_grpo.prompts_per_step * self.mr_grpo.group_size
+        if images % (self.mr_grpo.micro_batch_size * self.launch.processes):
+            raise ValueError(
+                f"mr_grpo.micro_batch_size: {self.mr_grpo.micro_batch_size} x launch.processes {self.launch.processes} must divide "
+                f"prompts_per_step x group_size = {images}"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (1e-4 is a float) and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ParamsError(f"{key}: written twice (line {node.start_mark.line + 1} on); keep one.")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_params(text: str, name: str = "params.yaml") -> dict[str, Any]:
+    """The file as plain values, unchecked but for YAML itself.
+
+    Raises:
+        ParamsError: not YAML, a key twice, too large, or no mapping.
+    """
+    if len(text) > MAX_BYTES:
+        raise ParamsError(f"{name} has {len(text)} bytes; allowed: up to {MAX_BYTES}.")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{name} is not YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ParamsError(f"{name} holds {type(value).__name__}; expected sections such as data: and model:.")
+    return value
+
+
+def check_params(value: dict[str, Any], name: str = "params.yaml") -> Params:
+    """Typed params.
+
+    Raises:
+        ParamsError: one line a problem: key, value given, what is allowed.
+    """
+    try:
+        return Params.model_validate(value)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ParamsError(f"{name} can't be used:\n" + "\n".join(f"  {line}" for line in lines) + "\nNothing was started.") from error
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params file."""
+    return check_params(parse_params(Path(path).read_text(), Path(path).name), Path(path).name)
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        known = _names_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{key}: unknown key; {hint}allowed here: {', '.join(known)}"
+    if kind == "missing":
+        return f"{key}: missing; every key of a params file is written out"
+    if kind == "value_error":
+        return f"{key}.{message}" if key else message
+    return f"{key}: {problem['input']!r} given; {message[0].lower()}{message[1:]}"
+
+
+def _names_at(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the settings model that a location in the file leads to."""
+    kind: Any = Params
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, Settings) and part in kind.model_fields:
+            kind = kind.model_fields[str(part)].annotation
+        else:  # a dict's own key: its value type
+            kind = getattr(kind, "__args__", [None, kind])[-1]
+        for option in getattr(kind, "__args__", ()):  # Optional[...] leads to its model
+            if isinstance(option, type) and issubclass(option, Settings) and not getattr(kind, "__origin__", None):
+                kind = option
+    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Settings) else []

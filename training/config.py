@@ -1,0 +1,132 @@
+"""Settings of the stages, of evaluation and of the launch, as written in params.yaml."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from runtime.settings import Settings
+
+
+class OptimizerConfig(Settings):
+    """AdamW with linear warm-up and cosine decay, both counted in optimizer steps; weight decay on matrices only."""
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_ratio: float = Field(0.01, ge=0.0, le=1.0, description="share of the steps spent warming up")
+    decay: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class LoRAConfig(Settings):
+    """Low-rank adapters on the linears of the language model layers whose output is used."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+class SupervisedConfig(Settings):
+    """A flow-matching stage: alignment or sft (paper sections 3.1, 3.2)."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(description="samples an optimizer step, over all ranks and both tasks")
+    micro_batch_size: PositiveInt = Field(description="samples a forward pass, on one rank")
+    optimizer: OptimizerConfig
+    ema_decay: float = Field(0.0, ge=0.0, lt=1.0, description="0 turns the average of the weights off")
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    text_dropout: float = Field(0.1, ge=0.0, le=1.0)
+    reference_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    lora: LoRAConfig | None = None
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10
+    seed: int = 0
+
+
+class MRGRPOConfig(Settings):
+    """Stage 3 (paper section 3.3): group-relative policy optimisation of the DiT over several rewards."""
+
+    steps: PositiveInt
+    prompts_per_step: PositiveInt
+    group_size: int = Field(ge=2)
+    micro_batch_size: PositiveInt = Field(description="images a forward pass of the update, on one rank")
+    rollout_steps: PositiveInt
+    stochastic_steps: PositiveInt = Field(description="how many of the first rollout steps add noise and are trained; the last never is")
+    sampler: Literal["cps_sde", "flow_sde"] = "flow_sde"
+    eta: PositiveFloat = 1.0
+    guidance: NonNegativeFloat = 1.0
+    clip_range: PositiveFloat
+    advantage_clip: PositiveFloat = 5.0
+    rewards: dict[str, PositiveFloat] = Field(min_length=1, description="weight of each reward")
+    noise_floor: NonNegativeFloat = Field(0.01, description="a group whose reward spreads less than this gets advantage 0 from it")
+    min_coverage: float = Field(0.9, ge=0.0, le=1.0, description="share of valid reward values below which the step is refused")
+    kl_weight: NonNegativeFloat = 0.0
+    sft_weight: float = Field(0.0, ge=0.0, lt=1.0, description="lambda of the auxiliary flow-matching loss")
+    optimizer: OptimizerConfig
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _last_step_is_deterministic(self) -> Self:
+        if self.stochastic_steps >= self.rollout_steps:
+            raise ValueError(
+                f"stochastic_steps: {self.stochastic_steps} of {self.rollout_steps} rollout_steps; allowed: 1..{self.rollout_steps - 1}, "
+                "because the last step must be deterministic"
+            )
+        return self
+
+
+class EvaluationConfig(Settings):
+    """How every stage is scored: on the parts of the evaluation split, with one seed per sample."""
+
+    parts: tuple[str, ...] = Field(min_length=1)
+    sampling_steps: PositiveInt
+    guidance: NonNegativeFloat = 1.0
+    batch_size: PositiveInt = 64
+    seed: int = 0
+
+
+class LaunchConfig(Settings):
+    """How a training stage is started on this machine."""
+
+    processes: PositiveInt = Field(1, description="ranks; the trainer asserts that it has as many")
+    threads: PositiveInt = Field(2, description="torch threads a rank; part of what makes a CPU run reproducible")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+
+
+class VLMTrainingConfig(Settings):
+    """The stand-in VLM, by echo and question answering, so that its hidden states carry what prompts say."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    image_share: float = Field(ge=0.0, le=1.0, description="share of the steps that ask about images")
+    embedding_std: PositiveFloat = Field(1.0, description="large, so that no attribute drowns in the residual stream")
+
+
+class DiTTrainingConfig(Settings):
+    """The stand-in DiT, which generates and edits from a plain text encoder, as the paper's initialisation does."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    ema_decay: float = Field(ge=0.0, lt=1.0)
+    text_dropout: float = Field(0.1, ge=0.0, le=1.0)
+    kinds: dict[str, PositiveFloat] = Field(min_length=1, description="share of each kind of scene in text-to-image")
+
+
+class FoundationTraining(Settings):
+    """foundation/params.yaml: how the parts that ship in `foundation/` were trained."""
+
+    preset: str = Field(description="the params file whose `model:` gives the shapes")
+    seed: int
+    threads: PositiveInt
+    autoencoder_images: PositiveInt
+    whitening: float = Field(ge=0.0, le=1.0)
+    vlm: VLMTrainingConfig
+    dit: DiTTrainingConfig
+    evaluation_samples: PositiveInt

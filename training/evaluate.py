@@ -1,0 +1,84 @@
+"""Scores, pictures and gates of the model after a stage, on the evaluation split."""
+
+import shutil
+
+import torch
+from data.loader import read_part
+
+from model.weights import load_model
+from runtime.files import read_json, sha256_json, tensors_digest, write_json
+from runtime.progress import Progress
+from runtime.stage import StageRun
+from training.batching import batched
+from training.pictures import save_grid
+from training.scoring import Scored, score, summarize
+from training.tracking import track
+
+SHOWN = 24
+
+
+def run_evaluation(run: StageRun, stage: str) -> None:
+    """Write `outputs/evaluation/<stage>/`: metrics.json, gates.json, and a grid a part."""
+    torch.set_num_threads(run.params.launch.threads)
+    config = run.params.evaluation
+    model_folder = run.root / "outputs" / stage / "model"
+    shards = run.root / "outputs" / "shards"
+    with track(run) as tracker:
+        model = load_model(model_folder)
+        folder = run.folder / "out"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        metrics, pictures = {}, {}
+        total = sum(read_json(shards / part / "manifest.json")["samples"] for part in config.parts)
+        with Progress(total, "image", f"evaluation {stage}", run.folder / "progress.jsonl") as progress:
+            for part in config.parts:
+                samples = list(read_part(shards / part))
+                scored = score(model, samples, config.sampling_steps, config.guidance, config.batch_size, config.seed, progress.update)
+                metrics[samples[0].task] = summarize(scored)
+                save_scored_grid(scored[:SHOWN], folder / f"{samples[0].task}.png")
+                pictures[samples[0].task] = run.out / f"{samples[0].task}.png"
+        gates = {
+            "model_digest": tensors_digest(model_folder),
+            "evaluation_set_digest": sha256_json({part: read_json(shards / part / "manifest.json")["dataset_id"] for part in config.parts}),
+            "gates": [
+                {"name": name, "value": metrics[name]["strict"], "floor": floor, "passed": bool(metrics[name]["strict"] >= floor)}
+                for name, floor in sorted(run.params.gates.floors.items())
+                if name in metrics
+            ],
+        }
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "gates.json", gates)
+        tracker.result(**{f"{task}_strict": row["strict"] for task, row in metrics.items()})
+        tracker.tag(model_digest=gates["model_digest"], evaluation_set_digest=gates["evaluation_set_digest"])
+        for picture in sorted(folder.glob("*.png")):
+            tracker.picture(picture)
+        run.publish(folder)
+        run.report({f"{task}_strict": row["strict"] for task, row in metrics.items()}, pictures)
+    for task, row in metrics.items():
+        kinds = "  ".join(f"{kind} {value['strict']:.2f}" for kind, value in row["kinds"].items())
+        print(
+            f"{stage} {task}: {row['strict']:.3f} strict, 95% [{row['interval_95'][0]:.3f}, {row['interval_95'][1]:.3f}], n {row['n']}  {kinds}",
+            flush=True,
+        )
+
+
+def save_scored_grid(scored: list[Scored], path) -> None:
+    """Images with their prompts, right ones marked; edits as source, result, target."""
+    rows, captions = [], []
+    for group in batched(scored, 8 if not scored[0].sample.references else 3):
+        rows.append(
+            [
+                image
+                for row in group
+                for image in ((*row.sample.references, row.image, row.sample.target) if row.sample.references else (row.image,))
+            ]
+        )
+        captions.append([text for row in group for text in _texts(row)])
+    save_grid(rows, path, captions, scale=2)
+
+
+def _texts(row: Scored) -> tuple[str, ...]:
+    mark = "+ " if row.strict else "- "
+    if not row.sample.references:
+        return (mark + row.sample.prompt,)
+    return (row.sample.prompt, *[""] * (len(row.sample.references) - 1), mark + "result", "target")

@@ -1,0 +1,57 @@
+"""Pictures people look at: grids of images, and curves. PNG bytes depend on the content alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CAPTION = 14
+
+
+def save_grid(rows: Sequence[Sequence[np.ndarray]], path: Path, captions: Sequence[Sequence[str]] | None = None, scale: int = 1) -> None:
+    """One PNG of `rows` of uint8 (H, W, 3) images, each with a line of text under it where captions are given."""
+    height, width = rows[0][0].shape[0] * scale, rows[0][0].shape[1] * scale
+    tall = height + (CAPTION if captions else 0)
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, len(rows) * (tall + 4) + 4), (245, 245, 245))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=9)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            place = (4 + c * (width + 4), 4 + r * (tall + 4))
+            sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), place)
+            if captions:
+                draw.text((place[0] + 1, place[1] + height + 1), captions[r][c], fill=(30, 30, 30), font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.quantize(128).save(path, optimize=True)
+
+
+def save_curves(history: Sequence[dict[str, float]], names: Sequence[str], path: Path, title: str) -> None:
+    """Each named series of `history` over its `step`, in one figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for name in names:
+        points = [(row["step"], row[name]) for row in history if name in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, alpha=0.25, color="C0" if len(names) == 1 else None)
+            axes.plot(steps, _smooth(values), label=name)
+    axes.set(xlabel="optimizer step", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average without the start's bias."""
+    smooth, average = [], 0.0
+    for i, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smooth.append(average / (1 - weight**i))
+    return smooth

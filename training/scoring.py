@@ -1,0 +1,85 @@
+"""A model's images for evaluation samples, counted by the verifier."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from data.loader import Sample
+
+from data.verifier import verify
+from model.deepgen import DeepGen
+from model.generate import generate
+from model.vae import to_uint8
+from runtime.keys import seed_from
+from training.batching import batched, reference_pixels
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One evaluation sample, the image made for it (uint8 H, W, 3), and what the verifier says."""
+
+    sample: Sample
+    image: np.ndarray
+    strict: bool
+    parts: dict[str, float]
+
+
+def score(
+    model: DeepGen,
+    samples: Iterable[Sample],
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    seed: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Scored]:
+    """Make an image for every sample (one seed each, from its key) and verify it. Samples of a part share task and size."""
+    scored: list[Scored] = []
+    model.eval()
+    for batch in batched(list(samples), batch_size):
+        references = reference_pixels(batch, model.device)
+        pixels = generate(
+            model,
+            [sample.prompt for sample in batch],
+            [seed_from("evaluation", seed, sample.key) for sample in batch],
+            batch[0].target.shape[:2],
+            references,
+            steps,
+            guidance,
+        )
+        for sample, image in zip(batch, to_uint8(pixels).cpu().numpy(), strict=True):
+            verdict = verify(sample.scene, image, sample.task)
+            scored.append(Scored(sample, image, verdict.strict, verdict.parts))
+        if on_batch is not None:
+            on_batch(len(batch))
+    return scored
+
+
+def summarize(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Strict accuracy with its 95% interval, by kind, and the mean of each part that applies."""
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    parts: dict[str, list[float]] = defaultdict(list)
+    for row in scored:
+        kinds[row.sample.kind].append(row.strict)
+        for name, value in row.parts.items():
+            parts[name].append(value)
+    right = sum(row.strict for row in scored)
+    low, high = wilson_interval(right, len(scored))
+    return {
+        "n": len(scored),
+        "strict": round(right / len(scored), 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "kinds": {kind: {"n": len(rows), "strict": round(sum(rows) / len(rows), 4)} for kind, rows in sorted(kinds.items())},
+        "parts": {name: round(sum(values) / len(values), 4) for name, values in sorted(parts.items())},
+    }
+
+
+def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% score interval of a proportion."""
+    share = right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)

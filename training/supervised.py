@@ -1,0 +1,155 @@
+"""Alignment and SFT: one loop. batch -> latents -> noise -> velocity -> loss -> step (paper sections 3.1, 3.2)."""
+
+import contextlib
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from data.loader import Batch, Loader
+from torch import Tensor
+
+from model.deepgen import DeepGen
+from model.flow import interpolate, sigmas_at, velocity_target
+from model.vae import encode_images, to_pixels
+from model.weights import load_foundation, load_model
+from runtime.exits import Interrupted
+from runtime.files import read_json
+from runtime.progress import Progress
+from runtime.stage import StageRun, rank
+from training.checkpoint import Checkpoints, TrainState
+from training.config import SupervisedConfig
+from training.launch import build_accelerator
+from training.losses import flow_matching_loss
+from training.optim import EMA, build_optimizer, build_schedule
+from training.publish import publish_stage, remember_start
+from training.randomness import coin_flips, generator, quantiles, sample_noise
+from training.stages import PARENT, freeze_for, merge_lora, parameter_report
+from training.tracking import Tracker, track
+
+
+class NonFiniteLoss(Exception):
+    """A loss or gradient was NaN or infinite. No weight was changed by that step."""
+
+
+def run_supervised(run: StageRun, stage: str) -> None:
+    """Train `stage` to its last step and publish its folder."""
+    with track(run) as tracker:
+        accelerator = build_accelerator(run.params.launch)
+        model = load_parent(run, stage)
+        remember_start(run, model)
+        trained = freeze_for(model, stage, getattr(run.params, stage).lora)
+        for row in parameter_report(model):
+            print("  {part:<13} trained {trained:>12,}  frozen {frozen:>12,}  {dtype}".format(**row), flush=True)
+        state = train(run, stage, accelerator, model, trained, tracker)
+        if state.ema is not None:
+            state.ema.copy_to_parameters()
+        merge_lora(model)
+        if rank() == 0:
+            publish_stage(run, stage, model, state.history, tracker)
+        accelerator.wait_for_everyone()
+
+
+def load_parent(run: StageRun, stage: str) -> DeepGen:
+    """The model that `stage` starts from: the foundation with a fresh connector, or the stage before."""
+    folder = run.root / "outputs" / PARENT[stage]
+    if PARENT[stage] != "foundation":
+        return load_model(folder / "model")
+    torch.manual_seed(generator("connector", run.params.alignment.seed).initial_seed())
+    return load_foundation(folder / "model", run.params.model)
+
+
+def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, trained: dict[str, Any], tracker: Tracker) -> TrainState:
+    """The loop. Interrupted at any step and started again it ends with the same weights, bit for bit on one kind of CPU."""
+    config: SupervisedConfig = getattr(run.params, stage)
+    mixture = read_json(run.root / "outputs" / "mixture" / f"{stage}.json")
+    model.to(accelerator.device)
+    optimizer = build_optimizer(trained.values(), config.optimizer)
+    schedule = build_schedule(optimizer, config.steps, config.optimizer)
+    ema = EMA(trained, config.ema_decay) if config.ema_decay else None
+    state = TrainState(trained, optimizer, schedule, ema)
+    checkpoints = Checkpoints(run.folder, config.checkpoint_every, config.keep_checkpoints)
+    if checkpoints.restore(state):
+        print(f"{stage}: going on from step {state.step}", flush=True)
+    micro_batches = config.batch_size // (config.micro_batch_size * accelerator.num_processes)
+    shards = run.root / "outputs" / "shards"
+    global_micro_batch = config.micro_batch_size * accelerator.num_processes
+    loader = Loader(
+        mixture, shards, global_micro_batch, accelerator.process_index, accelerator.num_processes, start=state.step * micro_batches
+    )
+    if state.data:
+        loader.restore(state.data)
+    batches = iter(loader)
+    wrapped = accelerator.prepare_model(model)
+    model.train()
+    stopped = False
+    with Progress(config.steps, "step", stage, run.folder / "progress.jsonl" if rank() == 0 else None, start=state.step) as progress:
+        while state.step < config.steps and not stopped:
+            losses: dict[str, list[Tensor]] = defaultdict(list)
+            for micro in range(micro_batches):
+                batch = next(batches)
+                with torch.enable_grad(), accumulate(accelerator, wrapped, last=micro == micro_batches - 1):
+                    loss_B = batch_loss(wrapped, model, batch, config, stage)
+                    accelerator.backward(loss_B.mean() / micro_batches)
+                losses[batch.task].append(loss_B.detach().mean())
+            norm = accelerator.clip_grad_norm_(trained.values(), config.optimizer.max_grad_norm)
+            means = {task: accelerator.reduce(torch.stack(values).mean(), "mean").item() for task, values in losses.items()}
+            loss = sum(means[task] * len(values) for task, values in losses.items()) / micro_batches
+            if not (math.isfinite(loss) and math.isfinite(float(norm))):
+                raise NonFiniteLoss(
+                    f"{stage}: step {state.step + 1} has loss {loss}, gradient norm {float(norm)}; samples {batch.keys[:4]}..."
+                )
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update()
+            state.step += 1
+            row = {"loss": loss, "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]} | {
+                f"loss_{task}": v for task, v in means.items()
+            }
+            state.history.append({"step": state.step} | row)
+            state.data = loader.state()
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                tracker.log(state.step, **row)
+            progress.update(loss=loss)
+            stopped = agreed(accelerator, bool(run.stop)) and state.step < config.steps
+            if rank() == 0 and (checkpoints.due(state.step) or stopped or state.step == config.steps):
+                checkpoints.save(state)
+    if stopped:
+        raise Interrupted(
+            f"stopped at step {state.step} of {config.steps}, saved in {run.folder.relative_to(run.root)}; the same command goes on"
+        )
+    return state
+
+
+def accumulate(accelerator: Accelerator, wrapped: torch.nn.Module, last: bool) -> Any:
+    """Ranks exchange gradients on the last micro-batch of a step only."""
+    return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
+
+
+def agreed(accelerator: Accelerator, flag: bool) -> bool:
+    """True on every rank if it is true on any: all stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+
+
+def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: SupervisedConfig, stage: str) -> Tensor:
+    """(B,) flow-matching loss of a batch. Every draw belongs to a sample's position in the stream, not to a rank or batch."""
+    positions = list(batch.positions)
+    target = encode_images(model.vae, to_pixels(torch.from_numpy(batch.target_images).to(model.device)))
+    references = tuple(to_pixels(torch.from_numpy(images).to(model.device)) for images in batch.reference_images)
+    noise = sample_noise(target, config.seed, stage, positions)
+    sigmas = sigmas_at(quantiles(config.seed, stage, positions), config.timestep_sampling, model.timestep_shift).to(model.device)
+    empty = coin_flips(config.text_dropout, "text_dropout", config.seed, stage, positions)
+    prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, empty, strict=True)]
+    velocity = wrapped(
+        interpolate(target, noise, sigmas),
+        sigmas,
+        tuple(encode_images(model.vae, pixels) for pixels in references),
+        prompts=prompts,
+        reference_images=references,
+    )
+    return flow_matching_loss(velocity, velocity_target(target, noise))
