@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from data.config import DRAWN_SIZE, EDITS, KINDS
 from runtime.keys import seed_from
 
-SIDE, CELL, CELLS = 64, 16, 4
+SIDE, CELL, CELLS = DRAWN_SIZE, 16, 4
 BACKGROUND = (24, 24, 32)
 COLORS = {
     "red": (225, 45, 45),
@@ -46,8 +47,6 @@ GLYPHS = {
     "T": "11111 00100 00100 00100 00100",
     "U": "10001 10001 10001 10001 01110",
 }
-KINDS = {"single": 0.1, "position": 0.2, "relation": 0.3, "count": 0.2, "two": 0.15, "word": 0.05}
-EDITS = {"recolor": 0.3, "remove": 0.25, "add": 0.25, "move": 0.2}
 VOCABULARY = tuple(
     sorted(
         {
@@ -109,8 +108,10 @@ def _generator(*purpose: str | int) -> np.random.Generator:
 
 
 def _choose(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
-    total = sum(weights.values())
-    return str(rng.choice(list(weights), p=[weight / total for weight in weights.values()]))
+    """A kind by weight. They are walked in our order, not the caller's: how params.yaml orders its keys changes no draw."""
+    kinds = [kind for kind in (*KINDS, *EDITS) if weights.get(kind, 0) > 0]
+    total = sum(weights[kind] for kind in kinds)
+    return str(rng.choice(kinds, p=[weights[kind] / total for kind in kinds]))
 
 
 def _belongs(split: str, prompt: str, scene: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.drawn import BACKGROUND, COLORS, POSITIONS, SHAPES, WORDS, coverage, relation_holds, word_coverage
+from data.drawn import BACKGROUND, COLORS, POSITIONS, SHAPES, SIDE, WORDS, coverage, relation_holds, word_coverage
 
 TEMPLATE = 20  # side to which a component is scaled before it is compared
 FOREGROUND = 85.0  # distance in RGB from the background
@@ -43,7 +43,13 @@ class Verdict:
 
 
 def verify(scene: Mapping[str, Any], image: np.ndarray, task: str) -> Verdict:
-    """Score a uint8 (H, W, 3) image against what was asked for."""
+    """Score a uint8 (SIDE, SIDE, 3) image against what was asked for.
+
+    Raises:
+        ValueError: an image of another size or type, which no threshold here is meant for.
+    """
+    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"verify reads uint8 ({SIDE}, {SIDE}, 3); got {image.dtype} {image.shape}: scale it first.")
     if task == "image_edit":
         parts = _edit_parts(find_objects(image), scene)
     elif scene["kind"] == "word":

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 from model.config import ModelConfig
 from model.connector import StackedChannelBridging
@@ -19,6 +20,7 @@ from model.dit import DeepGenTransformer
 from model.vae import LinearAutoencoder
 from runtime.files import write_json
 
+disable_progress_bar()  # a bar a part says nothing to anyone, and floods logs
 PARTS = ("vlm", "connector", "transformer", "vae")
 VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "LinearAutoencoder": LinearAutoencoder}
 CLASSES: dict[str, tuple[str, str]] = {

@@ -1,5 +1,6 @@
 """What Dagster loads: assets from dvc.yaml, the registry's two, checks, jobs, and the triggers of retraining."""
 
+import warnings
 from pathlib import Path
 
 import dagster as dg
@@ -15,6 +16,7 @@ from runtime.params import load_params, parse_params
 from runtime.recipe import load_stages
 from runtime.stage import find_root
 
+warnings.filterwarnings("ignore", category=dg.BetaWarning)  # backfill_policy, observable_source_asset: the version is pinned
 PIPELINE, RETRAIN = "pipeline", "retrain"
 
 

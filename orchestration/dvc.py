@@ -1,11 +1,11 @@
 """DVC, as a command: is a stage's output up to date, record it, and what did `dvc.lock` record."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from runtime.recipe import Stage
 
 BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "Unable to acquire rwlock")
 WAITS = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries while another DVC command holds the clone
+
+SURVEY_SECONDS = 30
 
 
 class DvcError(Exception):
@@ -34,18 +36,24 @@ def find_dvc(root: Path) -> str:
     return found
 
 
-@dataclass(frozen=True)
 class DvcCommand:
-    """The commands of DVC that the assets need, run at `root` with this interpreter first on PATH."""
+    """The commands of DVC that the assets need, run at `root`."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._survey: tuple[float, dict[str, list[Any]]] | None = (-math.inf, {})  # one status of all stages; None once this process recorded one
 
     def changes(self, name: str) -> list[Any]:
         """What `dvc status` says of one stage; empty if its params, inputs, code, command and outputs are as recorded."""
         return json.loads(self._run("status", "--json", name) or "{}").get(name, [])
 
     def is_clean(self, name: str) -> bool:
-        return not self.changes(name)
+        """Whether a stage may be skipped. The first calls share one status of all stages, so that a run with nothing to do is quick."""
+        if self._survey is None:
+            return not self.changes(name)
+        if time.monotonic() - self._survey[0] > SURVEY_SECONDS:
+            self._survey = (time.monotonic(), json.loads(self._run("status", "--json") or "{}"))
+        return not self._survey[1].get(name)
 
     def changed_outs(self, name: str) -> dict[str, str]:
         """Outputs of a stage that are not what was recorded, with how they differ (modified, deleted, not in cache)."""
@@ -55,6 +63,7 @@ class DvcCommand:
 
     def commit(self, stage: Stage) -> None:
         """Record the stage's inputs and outputs in dvc.lock, and its outputs in the cache."""
+        self._survey = None
         self._run("commit", "--force", stage.name)
 
     def lock_md5(self, stage: Stage) -> str:

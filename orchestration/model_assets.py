@@ -32,7 +32,7 @@ def challenger_asset(root: Path) -> dg.AssetsDefinition:
         params = load_params(root / "params.yaml")
         version, new = register_export(root, params, dvc)
         say(f"challenger: {version.name} version {version.version}" + ("" if new else ", registered before"))
-        metadata = {"version": version.version, "uri": f"models:/{version.name}@{CHALLENGER}", "cached": not new}
+        metadata = {"version": str(version.version), "uri": f"models:/{version.name}@{CHALLENGER}", "cached": not new}
         return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(version.tags["model_digest"]))
 
     return run
@@ -80,8 +80,8 @@ def _champion_was_gated(root: Path) -> dg.AssetChecksDefinition:
         rows = read_history(root)
         last = rows[-1]["version"] if rows else None
         return dg.AssetCheckResult(
-            passed=version is not None and version.version == last,
-            metadata={"champion": version.version if version is not None else "none", "last promoted": str(last)},
+            passed=version is not None and str(version.version) == last,
+            metadata={"champion": str(version.version) if version is not None else "none", "last promoted": str(last)},
         )
 
     return check

@@ -56,11 +56,11 @@ def promote(root: Path, params: Params, dvc: DvcCommand) -> Promotion:
             raise GateFailed(f"version {challenger.version} stays challenger:\n" + "\n".join(f"  {problem}" for problem in problems))
         if champion is not None and champion.tags.get("model_digest") == digest:
             _record(root, champion, None, gates, once=True)
-            return Promotion(champion.version, digest, False, f"version {champion.version} is champion already; nothing changes")
+            return Promotion(str(champion.version), digest, False, f"version {champion.version} is champion already; nothing changes")
         registry.tag(challenger, evidence_tags(gates, measured_set))
         _move_aliases(registry, challenger, champion)
         _record(root, challenger, champion, gates)
-        return Promotion(challenger.version, digest, True, "; ".join([f"version {challenger.version} is champion", *notes]))
+        return Promotion(str(challenger.version), digest, True, "; ".join([f"version {challenger.version} is champion", *notes]))
 
 
 def check_evidence(root: Path, params: Params, dvc: DvcCommand, challenger: "ModelVersion", digest: str) -> tuple[list[dict[str, Any]], str]:
@@ -147,7 +147,7 @@ def rollback(root: Path, params: Params) -> Promotion:
             raise GateFailed(f"version {previous.version} holds weights {digest[:12]}, not the ones it was registered with.")
         _move_aliases(registry, previous, champion)
         _record(root, previous, champion, [], event="rollback")
-        return Promotion(previous.version, digest, True, f"version {previous.version} is champion again")
+        return Promotion(str(previous.version), digest, True, f"version {previous.version} is champion again")
 
 
 def read_history(root: Path) -> list[dict[str, Any]]:
@@ -166,15 +166,15 @@ def _record(
 ) -> None:
     """Append a row to the history, whole or not at all. `once`: unless the last row names this version (a killed promotion left none)."""
     rows = read_history(root)
-    if once and rows and rows[-1]["version"] == version.version:
+    if once and rows and rows[-1]["version"] == str(version.version):
         return
     row = {
         "event": event,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "version": version.version,
+        "version": str(version.version),
         "model_digest": version.tags.get("model_digest"),
         "evaluation_set_digest": version.tags.get("evaluation_set_digest"),
-        "previous": before.version if before is not None else None,
+        "previous": str(before.version) if before is not None else None,
         "gates": gates,
     }
     write_atomic(root / HISTORY, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in [*rows, row]))

@@ -94,7 +94,7 @@ class Registry:
         """The folder with the version's own copy of the pipeline; fetched under outputs/registry if the store is a remote one."""
         import mlflow
 
-        model = self.client.get_logged_model(version.model_id)
+        model = self.client.get_logged_model(version.source.removeprefix("models:/"))
         place = urlparse(model.artifact_location)
         if place.scheme in ("", "file"):
             folder = Path(unquote(place.path))

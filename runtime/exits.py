@@ -22,16 +22,22 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGHUP; the loop looks at it after each step. A second signal ends the process at once."""
+    """Set by SIGTERM, SIGINT or SIGHUP; the loop looks at it after each step. A second signal ends the process at once.
+
+    What the kernel sends because the parent died is no second request: the step is still finished and saved.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.parent = os.getppid()
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and os.getppid() != self.parent:
+            return
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number

@@ -1,6 +1,7 @@
 """MLflow's store inside the clone: one SQLite file and an artifact folder, made once under a lock, that follow the clone when it moves."""
 
 import fcntl
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def open_store(root: Path, experiment: str = "deepgen") -> str:
 def _create(uri: str, folder: Path, experiment: str) -> None:
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of each table it makes
     client = MlflowClient(uri, uri)
     if client.get_experiment_by_name(experiment) is None:
         client.create_experiment(experiment, artifact_location=(folder / "artifacts").as_uri())

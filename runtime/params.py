@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from data.config import DataConfig, MixtureConfig
 from pydantic import ValidationError, model_validator
 
+from data.config import DataConfig, MixtureConfig
 from model.config import FoundationConfig, ModelConfig
 from orchestration.config import GatesConfig, RegistryConfig, RetrainConfig
 from runtime.settings import Settings

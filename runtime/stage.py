@@ -129,25 +129,31 @@ def open_run_folder(root: Path, stage: Stage, digests: dict[str, str], locked: b
 
 @contextlib.contextmanager
 def open_stage(name: str) -> Iterator[StageRun]:
-    """Run a stage's body between its snapshot and its report. Exits the process with the codes of `runtime.exits` on failure."""
+    """A stage command's body between its snapshot and its report. Exits the process with the codes of `runtime.exits` on failure."""
     root = find_root()
     with guard(name):
         exits.exit_with_parent()
         stop = exits.StopRequest()
         stop.install()
-        values = parse_params((root / "params.yaml").read_text())
-        params = check_params(values)
-        stages = load_stages(root, values)
-        if name not in stages:
-            raise ParamsError(f"{name}: no such stage in dvc.yaml; allowed: {', '.join(stages)}")
-        stage = stages[name]
-        digests = stage_digests(root, stage, values)
-        folder, lock = open_run_folder(root, stage, digests, locked=rank() == 0)
-        with lock:
-            run = StageRun(root, stage, params, values, digests, folder, stop)
+        with begin_stage(root, name, stop) as run:
             yield run
-            run.check_unchanged()
-            _report_to_dagster(run)
+        _report_to_dagster(run)
+
+
+@contextlib.contextmanager
+def begin_stage(root: Path, name: str, stop: exits.StopRequest) -> Iterator[StageRun]:
+    """Snapshot params, digest inputs, lock the run folder; at the end, refuse if any of them moved."""
+    values = parse_params((root / "params.yaml").read_text())
+    params = check_params(values)
+    stages = load_stages(root, values)
+    if name not in stages:
+        raise ParamsError(f"{name}: no such stage in dvc.yaml; allowed: {', '.join(stages)}")
+    digests = stage_digests(root, stages[name], values)
+    folder, lock = open_run_folder(root, stages[name], digests, locked=rank() == 0)
+    with lock:
+        run = StageRun(root, stages[name], params, values, digests, folder, stop)
+        yield run
+        run.check_unchanged()
 
 
 @contextlib.contextmanager
@@ -182,7 +188,7 @@ def _report_to_dagster(run: StageRun) -> None:
 
     with open_dagster_pipes() as pipes:
         metadata: dict[str, Any] = {name: value for name, value in run.metadata.items() if value is not None}
-        metadata |= {"fingerprint": run.fingerprint, "digests": run.digests}
+        metadata |= {"fingerprint": run.fingerprint, "digests": {"raw_value": run.digests, "type": "json"}}
         for title, path in run.pictures.items():
             metadata[title] = {"raw_value": picture_markdown(path), "type": "md"}
         pipes.report_asset_materialization(metadata=metadata)

@@ -33,7 +33,6 @@ class TrainState:
 
     trained: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    schedule: Any = None
     ema: EMA | None = None
     step: int = 0
     data: dict[str, Any] = field(default_factory=dict)
@@ -76,23 +75,15 @@ class TrainState:
             for name, value in tensors["ema"].items():
                 self.ema.average[name].copy_(value)
             self.ema.updates = facts["ema_updates"]
-        if self.schedule is not None:
-            self.schedule.load_state_dict(facts["schedule"])
-            for group, rate in zip(self.optimizer.param_groups, facts["schedule"]["_last_lr"], strict=True):
-                group["lr"] = rate
         self.step, self.data, self.history = facts["step"], facts["data"], facts["history"]
 
     def facts(self) -> dict[str, Any]:
-        schedule = None
-        if self.schedule is not None:
-            schedule = {name: value for name, value in self.schedule.state_dict().items() if name != "lr_lambdas"}
         updates = self.ema.updates if self.ema is not None else 0
         return {
             "format": FORMAT,
             "step": self.step,
             "data": self.data,
             "history": self.history,
-            "schedule": schedule,
             "ema_updates": updates,
         }
 

@@ -3,8 +3,8 @@
 import shutil
 
 import torch
-from data.loader import read_part
 
+from data.loader import read_part
 from model.weights import load_model
 from runtime.files import read_json, sha256_json, tensors_digest, write_json
 from runtime.progress import Progress

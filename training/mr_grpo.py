@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from data.loader import Batch, Loader
 from torch import Tensor
 
+from data.loader import Batch, Loader
 from model.deepgen import Condition, DeepGen
 from model.flow import interpolate, sampling_sigmas, sigmas_at, velocity_target
 from model.generate import latent_shape
@@ -25,7 +25,7 @@ from training.checkpoint import Checkpoints, TrainState
 from training.config import MRGRPOConfig
 from training.launch import build_accelerator
 from training.losses import clipped_ratio_loss, flow_matching_loss, velocity_kl
-from training.optim import build_optimizer, build_schedule
+from training.optim import build_optimizer, set_learning_rate
 from training.publish import publish_stage, remember_start
 from training.randomness import quantiles, sample_noise
 from training.rewards import SceneParts, Scores, advantages
@@ -79,8 +79,7 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
     model.to(accelerator.device).eval()
     reference = copy.deepcopy(model.dit).requires_grad_(False) if config.kl_weight else None
     optimizer = build_optimizer(trained.values(), config.optimizer)
-    schedule = build_schedule(optimizer, config.steps, config.optimizer)
-    state = TrainState(trained, optimizer, schedule)
+    state = TrainState(trained, optimizer)
     checkpoints = Checkpoints(run.folder, config.checkpoint_every, config.keep_checkpoints)
     if checkpoints.restore(state):
         print(f"{STAGE}: going on from step {state.step}", flush=True)
@@ -103,10 +102,10 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
                     f"{STAGE}: {scores.coverage:.0%} of the reward values are valid, mr_grpo.min_coverage is {config.min_coverage:.0%}"
                 )
             advantage = advantages(scores, weights, config.group_size, config.noise_floor, config.advantage_clip)
+            rate = set_learning_rate(optimizer, state.step, config.steps, config.optimizer)
             row = update(accelerator, wrapped, model, reference, rolled, advantage, batch, config, state)
-            schedule.step()
             state.step += 1
-            row |= reward_row(scores, config) | {"lr": schedule.get_last_lr()[0]}
+            row |= reward_row(scores, config) | {"lr": rate}
             state.history.append({"step": state.step} | row)
             state.data = loader.state()
             tracker.log(state.step, **row)

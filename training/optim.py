@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from training.config import OptimizerConfig
 
@@ -30,8 +29,12 @@ def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> floa
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, steps: int, config: OptimizerConfig) -> LambdaLR:
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, config))
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, config: OptimizerConfig) -> float:
+    """Set the rate of optimizer step `step`: a function of the step alone, so there is no schedule state to lose."""
+    rate = config.lr * learning_rate_factor(step, steps, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 class EMA:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from data.loader import read_part
 
+from data.loader import read_part
 from model.deepgen import DeepGen
 from model.flow import interpolate, sigmas_at, velocity_target
 from model.vae import encode_images

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from data.loader import Sample
 
+from data.loader import Sample
 from data.verifier import verify
 from model.deepgen import DeepGen
 from model.generate import generate

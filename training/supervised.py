@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from data.loader import Batch, Loader
 from torch import Tensor
 
+from data.loader import Batch, Loader
 from model.deepgen import DeepGen
 from model.flow import interpolate, sigmas_at, velocity_target
 from model.vae import encode_images, to_pixels
@@ -22,7 +22,7 @@ from training.checkpoint import Checkpoints, TrainState
 from training.config import SupervisedConfig
 from training.launch import build_accelerator
 from training.losses import flow_matching_loss
-from training.optim import EMA, build_optimizer, build_schedule
+from training.optim import EMA, build_optimizer, set_learning_rate
 from training.publish import publish_stage, remember_start
 from training.randomness import coin_flips, generator, quantiles, sample_noise
 from training.stages import PARENT, freeze_for, merge_lora, parameter_report
@@ -66,9 +66,8 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     mixture = read_json(run.root / "outputs" / "mixture" / f"{stage}.json")
     model.to(accelerator.device)
     optimizer = build_optimizer(trained.values(), config.optimizer)
-    schedule = build_schedule(optimizer, config.steps, config.optimizer)
     ema = EMA(trained, config.ema_decay) if config.ema_decay else None
-    state = TrainState(trained, optimizer, schedule, ema)
+    state = TrainState(trained, optimizer, ema)
     checkpoints = Checkpoints(run.folder, config.checkpoint_every, config.keep_checkpoints)
     if checkpoints.restore(state):
         print(f"{stage}: going on from step {state.step}", flush=True)
@@ -100,13 +99,13 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 raise NonFiniteLoss(
                     f"{stage}: step {state.step + 1} has loss {loss}, gradient norm {float(norm)}; samples {batch.keys[:4]}..."
                 )
+            rate = set_learning_rate(optimizer, state.step, config.steps, config.optimizer)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 ema.update()
             state.step += 1
-            row = {"loss": loss, "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]} | {
+            row = {"loss": loss, "grad_norm": float(norm), "lr": rate} | {
                 f"loss_{task}": v for task, v in means.items()
             }
             state.history.append({"step": state.step} | row)

@@ -1,0 +1,204 @@
+"""Shards to batches. Position in the stream is one number, so that a stopped run goes on exactly, with any number of ranks."""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.mixture import TaskStream, cycle
+from data.records import decode_image
+from data.shards import ShardMismatch, check_file
+from runtime.files import read_json
+
+
+class OtherData(Exception):
+    """A saved position belongs to another mixture or dataset."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded sample: target uint8 (H, W, 3), references likewise, scene the drawn world's description or None."""
+
+    key: str
+    task: str
+    kind: str
+    prompt: str
+    target: np.ndarray
+    references: tuple[np.ndarray, ...]
+    scene: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one task and one size.
+
+    target_images uint8 (B, H, W, 3); reference_images k arrays (B, H, W, 3); positions: each sample's place in the stage's stream,
+    the same on whatever rank; index: the micro-batch.
+    """
+
+    index: int
+    task: str
+    prompts: tuple[str, ...]
+    target_images: np.ndarray
+    reference_images: tuple[np.ndarray, ...]
+    keys: tuple[str, ...]
+    scenes: tuple[dict[str, Any] | None, ...]
+    positions: tuple[int, ...]
+
+
+class Part:
+    """Random access to a published part. Each tar's sha256 is checked before its first sample is read."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "manifest.json").is_file():
+            raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro shards@{folder.name}` or `deepgen run`.")
+        self.folder = folder
+        self.manifest = read_json(folder / "manifest.json")
+        self.handles: dict[int, int] = {}
+        for shard in self.manifest["shards"]:
+            path = folder / shard["name"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+                raise ShardMismatch(
+                    f"{path}: {found}, its manifest says {shard['bytes']} bytes. Rebuild it with `dvc repro -f shards@{folder.name}`, "
+                    "or `deepgen run`."
+                )
+        check_file(folder / "index.npy", self.manifest["index_sha256"])
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        return np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
+
+    def __len__(self) -> int:
+        return self.manifest["samples"]
+
+    def __getitem__(self, row: int) -> Sample:
+        shard, offset, size = (int(value) for value in self.index[row])
+        if shard not in self.handles:
+            entry = self.manifest["shards"][shard]
+            check_file(self.folder / entry["name"], entry["sha256"])
+            self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
+        return parse_sample(os.pread(self.handles[shard], size, offset), f"{self.folder.name} row {row}")
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+        self.handles.clear()
+
+
+def parse_sample(content: bytes, name: str) -> Sample:
+    """The tar members of one sample -> Sample; nothing but json and images is looked at."""
+    import json
+
+    members: dict[str, bytes] = {}
+    key = ""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        for info in archive:
+            handle = archive.extractfile(info) if info.isreg() else None
+            if handle is not None:
+                key, _, extension = info.name.partition(".")
+                members[extension] = handle.read()
+    facts = json.loads(members["json"])
+    references = sorted(extension for extension in members if extension.startswith("src."))
+    return Sample(
+        key=key,
+        task=facts["task"],
+        kind=facts["kind"],
+        prompt=facts["prompt"],
+        target=decode_image(members["tgt.png"], f"{name} target"),
+        references=tuple(decode_image(members[extension], f"{name} {extension}") for extension in references),
+        scene=facts["scene"],
+    )
+
+
+def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
+    """Samples of a published part in order, the first `stop` of them."""
+    part = Part(folder)
+    try:
+        for row in range(len(part) if stop is None else min(stop, len(part))):
+            yield part[row]
+    finally:
+        part.close()
+
+
+class Loader:
+    """Batches of a stage's mixture, without end, from micro-batch `start`.
+
+    A micro-batch has one task, the same on every rank; tasks follow the ratio in a fixed cycle. Each rank takes its slice of the global
+    micro-batch, so that the union over ranks is the same whatever their number.
+
+    Args:
+        mixture: as resolved by `resolve_mixture`.
+        shards: folder of published parts.
+        batch_size: samples a micro-batch over all ranks; a multiple of `world_size`.
+
+    Raises:
+        ShardMismatch: a part is missing, or not the dataset that the mixture names.
+    """
+
+    def __init__(self, mixture: dict[str, Any], shards: Path, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"batch_size: {batch_size} samples can't be shared by {world_size} ranks; it must be a multiple.")
+        self.mixture, self.batch_size, self.rank, self.world_size, self.next = mixture, batch_size, rank, world_size, start
+        self.cycle = cycle(mixture)
+        self.streams = {task: TaskStream(mixture, task) for task in mixture["tasks"]}
+        self.parts: dict[str, Part] = {}
+        for parts in mixture["tasks"].values():
+            for entry in parts:
+                part = self.parts[entry["part"]] = Part(shards / entry["part"])
+                if part.manifest["dataset_id"] != entry["dataset_id"]:
+                    raise ShardMismatch(
+                        f"{part.folder}: dataset {part.manifest['dataset_id'][:12]}, the {mixture['stage']} mixture was made for "
+                        f"{entry['dataset_id'][:12]}. Make it again with `dvc repro mixture@{mixture['stage']}`, or `deepgen run`."
+                    )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the mixture (and through it every dataset id), the batch size, and the next micro-batch."""
+        return {"mixture_hash": self.mixture["mixture_hash"], "batch_size": self.batch_size, "micro_batch": self.next}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            OtherData: the state was saved with another mixture or batch size.
+        """
+        mine = self.state()
+        for name in ("mixture_hash", "batch_size"):
+            if state[name] != mine[name]:
+                raise OtherData(f"saved position has {name} {state[name]}, this run has {mine[name]}: it can't go on from there.")
+        self.next = state["micro_batch"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batch = self.batch(self.next)
+            self.next += 1
+            yield batch
+
+    def batch(self, index: int) -> Batch:
+        """This rank's slice of micro-batch `index`."""
+        turn, place = divmod(index, len(self.cycle))
+        task = self.cycle[place]
+        nth = turn * self.cycle.count(task) + self.cycle[:place].count(task)
+        share = self.batch_size // self.world_size
+        first = self.rank * share
+        stream = self.streams[task]
+        samples = []
+        for i in range(first, first + share):
+            part, row = stream.address(nth * self.batch_size + i)
+            samples.append(self.parts[part][row])
+        return Batch(
+            index=index,
+            task=task,
+            prompts=tuple(sample.prompt for sample in samples),
+            target_images=np.stack([sample.target for sample in samples]),
+            reference_images=tuple(np.stack(images) for images in zip(*(sample.references for sample in samples), strict=True)),
+            keys=tuple(sample.key for sample in samples),
+            scenes=tuple(sample.scene for sample in samples),
+            positions=tuple(index * self.batch_size + first + i for i in range(share)),
+        )

@@ -1,0 +1,224 @@
+"""`deepgen`: run the pipeline, use the model, change the preset, open the UIs. Heavy imports wait until a command needs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime import exits
+from runtime.environment import set_environment
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A factory for DeepGen, image generation and editing.")
+preset_app = typer.Typer(no_args_is_help=True, help="Complete alternatives of params.yaml.")
+app.add_typer(preset_app, name="preset")
+
+CHAMPION_URI = "models:/deepgen@champion"
+Seed = Annotated[int, typer.Option(help="Equal seeds give equal pictures.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: as in the evaluation.")]
+Guidance = Annotated[float | None, typer.Option(min=0.0, help="Classifier-free guidance; default: as in the evaluation.")]
+Model = Annotated[str, typer.Option(help="A registry address (models:/NAME@ALIAS) or a folder.")]
+Out = Annotated[Path, typer.Option(help="Where the PNG goes.")]
+
+
+@app.command()
+def run() -> None:
+    """Bring everything up to date: data, three training stages, evaluation, export, registry. What is done is skipped."""
+    from orchestration.pipeline_run import run_pipeline
+    from orchestration.summary import closing_summary
+
+    root = _root()
+    outcome = run_pipeline(root)
+    if outcome.interrupted:
+        typer.echo("interrupted; finished parts are kept and the running stage is saved. Go on with: deepgen run", err=True)
+        raise typer.Exit(outcome.exit_code)
+    for name, message in outcome.failures.items():
+        typer.echo(f"\nfailed: {name}\n{message}", err=True)
+    if outcome.failures:
+        typer.echo("\nWhat was finished is kept and recorded; `deepgen run` goes on from there.", err=True)
+        raise typer.Exit(outcome.exit_code)
+    if not outcome.made:
+        typer.echo("nothing to do: everything is up to date")
+    typer.echo("\n" + closing_summary(root))
+
+
+@app.command()
+def init() -> None:
+    """Create the databases under outputs/. Every other command does it where needed."""
+    from orchestration.stores import init_stores
+    from runtime.params import load_params
+
+    root = _root()
+    init_stores(root, load_params(root / "params.yaml").registry.experiment)
+    typer.echo("ready: outputs/dagster, outputs/mlflow")
+
+
+@app.command()
+def ui(
+    dagster_port: Annotated[int, typer.Option(min=1, max=65535)] = 3000,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Dagster and MLflow in the browser, on this clone's files. Ctrl-C stops both."""
+    from orchestration.ui import serve
+
+    raise typer.Exit(serve(_root(), dagster_port, mlflow_port))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Out,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    model: Model = CHAMPION_URI,
+) -> None:
+    """Draw a picture."""
+    _draw(["generate", prompt], out, seed, steps, guidance, model)
+
+
+@app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The picture to change.")],
+    instruction: Annotated[str, typer.Argument(help="What to change.")],
+    out: Out,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    model: Model = CHAMPION_URI,
+) -> None:
+    """Change a picture as an instruction says."""
+    _draw(["edit", str(image.resolve()), instruction], out, seed, steps, guidance, model)
+
+
+def _draw(action: list[str], out: Path, seed: int, steps: int | None, guidance: float | None, model: str) -> None:
+    """Start the model's own command on the folder behind `model`."""
+    folder = _model_folder(model)
+    options = ["--model", str(folder), "--out", str(out.resolve()), "--seed", str(seed)]
+    options += ["--steps", str(steps)] if steps is not None else []
+    options += ["--guidance", str(guidance)] if guidance is not None else []
+    done = subprocess.run([sys.executable, "-m", "model", *action, *options], cwd=_root(), check=False)
+    raise typer.Exit(done.returncode)
+
+
+def _model_folder(model: str) -> Path:
+    """A folder as it is; behind a registry address, the version's own pipeline, if its weights are the registered ones."""
+    if not model.startswith("models:/"):
+        if not Path(model).is_dir():
+            raise NotADirectoryError(f"--model {model}: no such folder; give a pipeline folder or an address such as {CHAMPION_URI}.")
+        return Path(model).resolve()
+    from orchestration.registry import NotRegistered, Registry
+    from runtime.files import tensors_digest
+    from runtime.params import load_params
+
+    root = _root()
+    registry = Registry.open(root, load_params(root / "params.yaml"))
+    version = registry.resolve(model)
+    folder = registry.pipeline_folder(version)
+    if tensors_digest(folder) != version.tags.get("model_digest"):
+        raise NotRegistered(f"{model}: the files of version {version.version} are not the registered ones; `deepgen run` registers the export again.")
+    return folder
+
+
+@app.command()
+def promote() -> None:
+    """Make the challenger champion, if every gate holds. The asset `champion` does the same."""
+    from orchestration.dvc import DvcCommand
+    from orchestration.promotion import promote as promote_challenger
+    from runtime.params import load_params
+
+    root = _root()
+    typer.echo(promote_challenger(root, load_params(root / "params.yaml"), DvcCommand(root)).message)
+
+
+@app.command()
+def rollback() -> None:
+    """Make the previous champion champion again."""
+    from orchestration.promotion import rollback as roll_back
+    from runtime.params import load_params
+
+    root = _root()
+    typer.echo(roll_back(root, load_params(root / "params.yaml")).message)
+
+
+@preset_app.command("list")
+def preset_list() -> None:
+    """The presets, and which one params.yaml is."""
+    from orchestration.presets import current_preset, list_presets
+
+    root = _root()
+    current = current_preset(root)
+    for name, purpose in list_presets(root).items():
+        typer.echo(f"{'*' if name == current else ' '} {name:<12} {purpose}")
+    if current is None:
+        typer.echo("params.yaml is none of them: it holds edits.")
+
+
+@preset_app.command("use")
+def preset_use(name: str) -> None:
+    """Copy a preset over params.yaml. Refused while that would lose edits."""
+    from orchestration.presets import use_preset
+
+    use_preset(_root(), name)
+    typer.echo(f"params.yaml is now {name}")
+
+
+@preset_app.command("show")
+def preset_show(name: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Print a preset, or params.yaml."""
+    from orchestration.presets import preset_text
+
+    root = _root()
+    typer.echo(preset_text(root, name) if name else (root / "params.yaml").read_text(), nl=False)
+
+
+@preset_app.command("schema")
+def preset_schema() -> None:
+    """JSON schema of params.yaml: every key, its type, bounds and meaning."""
+    import json
+
+    from runtime.params import Params
+
+    typer.echo(json.dumps(Params.model_json_schema(), indent=1))
+
+
+def _root() -> Path:
+    from runtime.stage import find_root
+
+    return find_root()
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one message, not a trace."""
+    set_environment()
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(exits.INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("DEEPGEN_TRACEBACK"):
+            raise
+        code = _code_of(error)
+        if code is None:
+            raise
+        print(f"deepgen: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _code_of(error: Exception) -> int | None:
+    """Exit code of an error that speaks for itself; None for one that only its trace explains."""
+    codes = {
+        "ParamsError": exits.BAD_PARAMS,
+        "PresetRefused": exits.BAD_PARAMS,
+        "AlreadyRunning": exits.LOCKED,
+        "PortBusy": exits.LOCKED,
+        "DvcError": exits.FAILED,
+        "GateFailed": exits.FAILED,
+        "NotRegistered": exits.FAILED,
+        "ShardsDiffer": exits.FAILED,
+        "FileNotFoundError": exits.FAILED,
+        "NotADirectoryError": exits.FAILED,
+    }
+    return codes.get(type(error).__name__)

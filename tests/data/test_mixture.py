@@ -1,0 +1,74 @@
+from collections import Counter
+
+import pytest
+
+from data.config import MixtureConfig
+from data.mixture import TaskStream, cycle, permuted, resolve_mixture
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 97, 1009])
+def test_the_order_of_a_part_is_a_permutation_for_any_size(size):
+    for key in (0, 1, 2**63 - 1):
+        assert sorted(permuted(position, size, key) for position in range(size)) == list(range(size))
+
+
+def test_the_order_is_another_one_for_another_key_and_is_not_the_plain_one():
+    orders = {tuple(permuted(position, 97, key) for position in range(97)) for key in range(20)}
+    assert len(orders) == 20
+    assert tuple(range(97)) not in orders
+
+
+def test_a_permutation_sends_every_place_about_everywhere():
+    """Over 4000 keys each of 8 rows comes to the first place 500 times, give or take five standard errors."""
+    first = Counter(permuted(0, 8, key * 0x9E3779B97F4A7C15 % 2**63) for key in range(4000))
+    assert len(first) == 8
+    assert all(abs(times - 500) < 105 for times in first.values())
+
+
+def test_every_epoch_of_every_part_holds_each_row_once(mixture):
+    """Three parts of 2 : 1 : 0.5 and prime sizes: the stream visits each part's rows, epoch after epoch, without one missed or doubled."""
+    stream = TaskStream(mixture, "text_to_image")
+    visits: dict[str, list[int]] = {}
+    for i in range(1500):
+        part, row = stream.address(i)
+        visits.setdefault(part, []).append(row)
+    assert sorted(visits) == ["captions", "relations", "words"]
+    for part, size in zip(stream.names, stream.sizes, strict=True):
+        rows = visits[part]
+        epochs = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+        assert len(epochs) > 10
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert size < 5 or len({tuple(epoch) for epoch in epochs}) > 1, "every epoch in one order"
+
+
+def test_every_prefix_of_a_task_holds_the_weights(mixture):
+    stream, seen = TaskStream(mixture, "text_to_image"), Counter()
+    for i in range(700):
+        seen[stream.address(i)[0]] += 1
+        for part, share in {"captions": 2 / 3.5, "relations": 1 / 3.5, "words": 0.5 / 3.5}.items():
+            assert abs(seen[part] - share * (i + 1)) <= 1.5
+
+
+def test_a_cycle_holds_the_exact_ratio(mixture):
+    assert cycle(mixture) == ["image_edit", "text_to_image", "text_to_image", "text_to_image"]
+
+
+def test_a_mixture_names_its_datasets_and_changes_its_hash_with_them(shards, mixture):
+    again = resolve_mixture(
+        "sft", MixtureConfig(seed=11, ratio=mixture["ratio"], parts={"words": 0.5, "edits": 1, "relations": 1, "captions": 2}), shards
+    )
+    assert again == mixture, "the order of keys in params.yaml changed the mixture"
+    other = resolve_mixture("sft", MixtureConfig(seed=12, ratio=mixture["ratio"], parts={"captions": 1, "edits": 1}), shards)
+    assert other["mixture_hash"] != mixture["mixture_hash"]
+
+
+def test_a_part_that_is_not_there_is_refused_by_key(shards):
+    config = MixtureConfig(seed=1, ratio={"text_to_image": 1}, parts={"captions": 1, "caption": 1})
+    with pytest.raises(FileNotFoundError, match=r"mixture\.sft\.parts: 'caption' .*dvc repro shards@caption"):
+        resolve_mixture("sft", config, shards)
+
+
+def test_a_task_that_no_part_feeds_is_refused_by_key(shards):
+    config = MixtureConfig(seed=1, ratio={"image_edit": 1, "text_to_image": 1}, parts={"captions": 1, "edits": 0})
+    with pytest.raises(ValueError, match=r"mixture\.sft: ratio\.image_edit is 1, but the weights of its image_edit parts sum to 0"):
+        resolve_mixture("sft", config, shards)

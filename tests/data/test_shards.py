@@ -1,0 +1,150 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import PartConfig
+from data.loader import read_part
+from data.shards import ShardMismatch, build_part, verify_part
+from data.sources import read_record
+
+EDITS = PartConfig(source="drawn", task="image_edit", split="train", samples=13, seed=4, licence="CC0-1.0")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def edits(shards: Path, tmp_path: Path) -> Path:
+    """A copy of the edits part, to be harmed."""
+    return shutil.copytree(shards / "edits", tmp_path / "edits")
+
+
+def test_the_same_plan_gives_the_same_bytes_whatever_the_workers(shards, tmp_path):
+    build_part("edits", EDITS, 5, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "two") == contents(shards / "edits")
+
+
+def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(edits, shards):
+    (edits / "manifest.json").unlink()
+    (edits / "index.npy").unlink()
+    (edits / "shard-000002.json").unlink()  # killed between tar and receipt
+    whole = (edits / "shard-000001.tar").read_bytes()
+    (edits / "shard-000001.tar").write_bytes(whole[: len(whole) // 2])  # and a tar that the disk lost half of
+    kept = (edits / "shard-000000.tar").stat().st_mtime_ns
+    build_part("edits", EDITS, 5, edits)
+    assert contents(edits) == contents(shards / "edits")
+    assert (edits / "shard-000000.tar").stat().st_mtime_ns == kept, "a finished shard was built again"
+
+
+def test_a_build_told_to_stop_ends_between_shards_and_goes_on_later(shards, tmp_path):
+    done: list[int] = []
+    assert build_part("edits", EDITS, 5, tmp_path, on_shard=done.append, stop=lambda: len(done) == 2) is None
+    assert not (tmp_path / "manifest.json").exists()
+    build_part("edits", EDITS, 5, tmp_path)
+    assert contents(tmp_path) == contents(shards / "edits")
+
+
+def test_shards_of_other_settings_are_not_taken_over(edits):
+    manifest = build_part("edits", EDITS.model_copy(update={"seed": 5}), 5, edits)
+    assert manifest["counts"]["written"] == 13
+    drawn_anew = read_record("edits", EDITS.model_copy(update={"seed": 5}), 0)
+    assert next(read_part(edits)).key == drawn_anew.key
+
+
+def test_webdataset_reads_a_shard_as_it_comes(shards):
+    os.environ["WDS_SECURE"] = "1"
+    import webdataset
+
+    urls = [str(tar) for tar in sorted((shards / "edits").glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    ours = list(read_part(shards / "edits"))
+    assert [sample["__key__"] for sample in samples] == [sample.key for sample in ours]
+    for theirs, own in zip(samples, ours, strict=True):
+        np.testing.assert_array_equal(theirs["tgt.png"], own.target)
+        np.testing.assert_array_equal(theirs["src.0.png"], own.references[0])
+        assert theirs["json"]["prompt"] == own.prompt
+
+
+def test_a_tar_tells_nothing_of_when_or_by_whom_it_was_made(shards):
+    with tarfile.open(shards / "edits" / "shard-000000.tar", "r:") as archive:
+        members = archive.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.isreg()) for m in members} == {(0, 0, 0, "", "", 0o444, True)}
+    assert [m.name.partition(".")[2] for m in members[:3]] == ["json", "src.0.png", "tgt.png"]
+
+
+def test_a_published_part_holds_what_its_source_yields_in_order(shards):
+    for i, sample in enumerate(read_part(shards / "edits")):
+        record = read_record("edits", EDITS, i)
+        assert (sample.key, sample.prompt, sample.scene) == (record.key, record.prompt, record.scene)
+    assert i == EDITS.samples - 1
+
+
+def test_every_sample_that_went_in_is_accounted_for(shards):
+    for folder in shards.iterdir():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        counts = dict(manifest["counts"])
+        assert counts.pop("input") == sum(counts.values())
+        assert manifest["samples"] == counts["written"] == sum(shard["samples"] for shard in manifest["shards"])
+        assert len(np.load(folder / "index.npy")) == manifest["samples"]
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "index.npy"])
+def test_one_flipped_byte_is_refused_by_name_with_the_command_that_mends_it(edits, name):
+    verify_part(edits)
+    content = bytearray((edits / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (edits / name).write_bytes(content)
+    with pytest.raises(ShardMismatch, match=rf"{name} .*dvc repro .*shards@edits"):
+        verify_part(edits)
+    with pytest.raises(ShardMismatch, match=name):
+        list(read_part(edits))
+
+
+@pytest.mark.parametrize("cut", [0, 512, 10240])
+def test_a_tar_that_is_short_or_missing_is_refused_before_anything_is_read(edits, cut):
+    tar = edits / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:cut]) if cut else tar.unlink()
+    with pytest.raises(ShardMismatch, match="shard-000002.tar"):
+        next(read_part(edits))
+
+
+@pytest.mark.slow
+def test_a_builder_killed_outright_leaves_no_worker_and_no_trace_in_the_bytes(tmp_path):
+    part = EDITS.model_copy(update={"samples": 2000})
+    script = (
+        "import sys; from pathlib import Path; from data.config import PartConfig; from data.shards import build_part\n"
+        "if __name__ == '__main__':\n"
+        "    build_part('edits', PartConfig.model_validate_json(sys.argv[1]), 50, Path(sys.argv[2]), workers=2)\n"
+    )
+    (tmp_path / "build.py").write_text(script)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(tmp_path / "build.py"), part.model_dump_json(), str(tmp_path / "killed")]
+    builder = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)})
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "killed").glob("shard-*.json")):
+            assert time.monotonic() < deadline and builder.poll() is None, "no shard came"
+            time.sleep(0.01)
+        workers = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+    finally:
+        builder.send_signal(signal.SIGKILL)
+        builder.wait()
+    assert len(list((tmp_path / "killed").glob("shard-*.json"))) < 40, "it was done before it was killed"
+    deadline = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, f"workers {workers} outlive their builder"
+        time.sleep(0.1)
+    for folder in ("killed", "whole"):
+        build_part("edits", part, 50, tmp_path / folder)
+    killed = {name: content for name, content in contents(tmp_path / "killed").items() if not name.startswith(".")}
+    assert killed == contents(tmp_path / "whole")

@@ -1,0 +1,113 @@
+"""The stages of a toy project: the real names, files and reports, and next to no work. Copied into a temporary clone by the fixtures.
+
+TOY_SECONDS: length of a training step. TOY_FAIL=STAGE: end with code 7. TOY_NAN=STAGE: a NaN among the metrics.
+"""
+
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+from pathlib import Path
+
+from runtime.exits import Interrupted
+from runtime.files import read_json, sha256_file, sha256_json, tensors_digest, write_atomic, write_json
+from runtime.stage import StageRun, open_stage
+
+STAGES = ("alignment", "sft", "mr_grpo")
+
+
+def write_weights(path: Path, values: list[float]) -> None:
+    """A safetensors file with one tensor."""
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [len(values)], "data_offsets": [0, 4 * len(values)]}}).encode()
+    write_atomic(path, struct.pack("<Q", len(header)) + header + struct.pack(f"<{len(values)}f", *values))
+
+
+def fresh(run: StageRun) -> Path:
+    folder = run.folder / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def shards(run: StageRun, part: str) -> None:
+    config, folder = run.params.data.parts[part], fresh(run)
+    write_atomic(folder / "shard-000000.tar", f"{part} {config.seed} {config.samples}\n")
+    sha256 = sha256_file(folder / "shard-000000.tar")
+    rows = [{"name": "shard-000000.tar", "sha256": sha256, "samples": config.samples}]
+    write_json(folder / "manifest.json", {"dataset_id": sha256_json(rows), "samples": config.samples, "shards": rows})
+    run.publish(folder)
+    run.report({"samples": config.samples})
+
+
+def mixture(run: StageRun, stage: str) -> None:
+    parts = {
+        part: {"dataset_id": read_json(run.root / "outputs" / "shards" / part / "manifest.json")["dataset_id"]}
+        for part in run.params.mixture[stage].parts
+    }
+    temporary = run.folder / "mixture.json"
+    write_json(temporary, {"parts": parts})
+    run.publish(temporary)
+
+
+def train(run: StageRun, stage: str) -> None:
+    steps, state = getattr(run.params, stage).steps, run.folder / "step.json"
+    done = read_json(state)["step"] if state.exists() else 0
+    print(f"{stage}: from step {done}", flush=True)
+    while done < steps:
+        time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+        done += 1
+        write_json(state, {"step": done})
+        print(f"{stage}: step {done} pid {os.getpid()}", flush=True)
+        if run.stop and done < steps:
+            raise Interrupted(f"stopped at step {done} of {steps}")
+    if os.environ.get("TOY_FAIL") == stage:
+        print("the last words of a failing stage", flush=True)
+        sys.exit(7)
+    folder = fresh(run)
+    write_weights(folder / "model" / "dit" / "model.safetensors", [float(steps), float(run.params.sft.seed)])
+    last = float("nan") if os.environ.get("TOY_NAN") == stage else 0.5
+    metrics = {"steps": steps, "loss_first": 1.0, "loss_last": last, "reward_first": 0.1, "reward_last": 0.2}
+    write_atomic(folder / "metrics.json", json.dumps(metrics))
+    run.publish(folder)
+    run.report({"loss_last": 0.5})
+
+
+def evaluate(run: StageRun, stage: str) -> None:
+    config, folder = run.params.evaluation, fresh(run)
+    metrics = {}
+    for part in config.parts:
+        n = read_json(run.root / "outputs" / "shards" / part / "manifest.json")["samples"]
+        metrics[run.params.data.parts[part].task] = {"n": n, "strict": 0.5, "interval_95": [0.2, 0.8]}
+    ids = {part: read_json(run.root / "outputs" / "shards" / part / "manifest.json")["dataset_id"] for part in config.parts}
+    gates = [
+        {"name": name, "value": metrics[name]["strict"], "floor": floor, "passed": metrics[name]["strict"] >= floor}
+        for name, floor in sorted(run.params.gates.floors.items())
+    ]
+    digest = tensors_digest(run.root / "outputs" / stage / "model")
+    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "gates.json", {"model_digest": digest, "evaluation_set_digest": sha256_json(ids), "gates": gates})
+    run.publish(folder)
+
+
+def export(run: StageRun) -> None:
+    folder = fresh(run)
+    shutil.copytree(run.root / "outputs" / "mr_grpo" / "model", folder, dirs_exist_ok=True)
+    write_json(folder / "model_index.json", {"_class_name": "Toy"})
+    run.publish(folder)
+
+
+def main() -> None:
+    group, _, key = sys.argv[1].partition("@")
+    with open_stage(sys.argv[1]) as run:
+        if group in STAGES:
+            train(run, group)
+        elif group == "export_diffusers":
+            export(run)
+        else:
+            {"shards": shards, "mixture": mixture, "evaluation": evaluate}[group](run, key)
+
+
+if __name__ == "__main__":
+    main()
