@@ -205,8 +205,9 @@ def _edit(rng: np.random.Generator, kind: str) -> tuple[str, dict[str, Any]] | N
     if not all(_place(rng, source, shape, _pick(rng, COLORS)) for shape in shapes[:count]):
         return None
     target = [dict(o) for o in source]
-    edited: int | None = int(rng.integers(count))
-    changed = target[edited]
+    place = int(rng.integers(count))
+    edited: int | None = place
+    changed = target[place]
     if kind == "recolor":
         changed["color"] = _pick(rng, [color for color in COLORS if color != changed["color"]])
         instruction = f"make the {changed['shape']} {changed['color']}"

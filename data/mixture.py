@@ -32,7 +32,7 @@ def resolve_mixture(stage: str, config: MixtureConfig, shards: Path) -> dict[str
     for task, times in config.ratio.items():
         if times > 0 and task not in tasks:
             raise ValueError(f"mixture.{stage}: ratio.{task} is {times}, but the weights of its {task} parts sum to 0; must be above 0")
-    ratio = {task: config.ratio[task] for task in sorted(tasks)}
+    ratio = {task: times for task, times in sorted(config.ratio.items()) if times > 0}
     mixture = {"stage": stage, "seed": config.seed, "ratio": ratio, "tasks": tasks}
     return mixture | {"mixture_hash": sha256_json(mixture)[:32]}
 

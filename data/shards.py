@@ -209,7 +209,8 @@ class _Inline:
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         return None
 
-    map = staticmethod(map)
+    def map(self, build: Callable[[Plan, Path], Receipt], plans: list[Plan], folders: list[Path]) -> Iterator[Receipt]:
+        return map(build, plans, folders)
 
 
 def verify_part(folder: Path) -> dict[str, Any]:

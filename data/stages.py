@@ -58,14 +58,15 @@ def run_mixture(run: StageRun) -> None:
 def save_samples(samples: list[Sample], path: Path, columns: int = 6, scale: int = 2) -> None:
     """A sheet of samples with their prompts; edits as source and target side by side."""
     side = samples[0].target.shape[0] * scale
-    wide = side * (1 + len(samples[0].references))
+    seam = 4  # between source and target: both are dark to the edge
+    wide = (side + seam) * (1 + len(samples[0].references)) - seam
     rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * (wide + 6) + 6, rows * (side + 22) + 6), (245, 245, 245))
+    sheet = Image.new("RGB", (columns * (wide + 14) + 6, rows * (side + 22) + 6), (245, 245, 245))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=9)
     for i, sample in enumerate(samples):
-        x, y = 6 + i % columns * (wide + 6), 6 + i // columns * (side + 22)
+        x, y = 6 + i % columns * (wide + 14), 6 + i // columns * (side + 22)
         for j, image in enumerate((*sample.references, sample.target)):
-            sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x + j * side, y))
+            sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x + j * (side + seam), y))
         draw.text((x, y + side + 2), sample.prompt, fill=(30, 30, 30), font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.quantize(128).save(path, optimize=True)

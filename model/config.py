@@ -124,10 +124,10 @@ class ModelConfig(Settings):
 
 
 class HubWeights(Settings):
-    """One part's published weights: nothing is fetched without a full commit hash."""
+    """One part's published weights. A null revision names weights that nobody has pinned yet: they are refused until someone does."""
 
     repo: str
-    revision: str = Field(pattern="^[0-9a-f]{40}$")
+    revision: str | None = Field(pattern="^[0-9a-f]{40}$")
     subfolder: str = ""
 
 

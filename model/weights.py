@@ -21,6 +21,7 @@ from model.vae import LinearAutoencoder
 from runtime.files import write_json
 
 disable_progress_bar()  # a bar a part says nothing to anyone, and floods logs
+LOADED_FROM = ("_name_or_path", "is_local", "local_files_only")  # how a part was read is no property of it, and differs between clones
 PARTS = ("vlm", "connector", "transformer", "vae")
 VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "LinearAutoencoder": LinearAutoencoder}
 CLASSES: dict[str, tuple[str, str]] = {
@@ -40,6 +41,8 @@ def save_model(model: DeepGen, folder: Path) -> None:
     """Write every part of `model` under `folder`. Equal weights give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Any] = {"vlm": model.vlm, "connector": model.connector, "transformer": model.dit, "vae": model.vae}
+    for config in (model.vlm.config, model.vlm.config.text_config, model.vlm.config.vision_config):
+        config.dtype = model.vlm.dtype
     for name, part in parts.items():
         part.save_pretrained(folder / name, safe_serialization=True)
     model.tokenizer.save_pretrained(folder / "tokenizer")
@@ -48,10 +51,8 @@ def save_model(model: DeepGen, folder: Path) -> None:
     vae = type(model.vae).__name__
     index["vae"] = ["diffusers" if vae == "AutoencoderKL" else "model.vae", vae]
     write_json(folder / "model_index.json", index | {"_class_name": "DeepGenPipeline", "max_prompt_tokens": model.max_prompt_tokens})
-    for config in sorted(folder.rglob("*.json")):  # where a part was read from is no property of it, and would differ between clones
-        content = json.loads(config.read_text())
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            write_json(config, content)
+    for config in sorted(folder.rglob("*config.json")):
+        write_json(config, {key: value for key, value in json.loads(config.read_text()).items() if key not in LOADED_FROM})
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> DeepGen:

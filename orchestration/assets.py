@@ -99,7 +99,9 @@ def materialize(context: dg.AssetExecutionContext, stage: Stage, stage_process: 
         return reported | {"cached": False, "md5": dvc.lock_md5(stage)}
     except StageFailed as error:
         raise dg.Failure(
-            str(error), allow_retries=False, metadata={"exit_code": error.code, "last_lines": dg.MetadataValue.md(f"```\n{error.tail}\n```")}
+            str(error),
+            allow_retries=False,
+            metadata={"exit_code": error.code, "last_lines": dg.MetadataValue.md(f"```\n{error.tail}\n```")},
         ) from None
     except DvcError as error:
         raise dg.Failure(f"{stage.name}: {error}", allow_retries=False) from None

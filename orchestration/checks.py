@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from orchestration.assets import asset_name
-from orchestration.datasets import ShardsDiffer, verify_part
+from orchestration.datasets import ShardsDiffer, read_manifest, verify_part
 from orchestration.registry import EXPORT, GATES
 from runtime.files import read_json, tensors_digest
 from runtime.params import STAGES, load_params
@@ -69,18 +69,21 @@ def check_shards(root: Path) -> Outcome:
 
 def _mixture_check(root: Path, stage: Stage) -> dg.AssetChecksDefinition:
     def measure() -> Outcome:
-        wanted = load_params(root / "params.yaml").mixture[stage.key]  # type: ignore[index]
+        config = load_params(root / "params.yaml").mixture[stage.key]  # type: ignore[index]
         mixture = read_json(root / stage.outs[0])
-        problems = []
-        for part, entry in mixture["parts"].items():
-            built = read_json(root / "outputs" / "shards" / part / "manifest.json")["dataset_id"]
-            if entry["dataset_id"] != built:
-                problems.append(f"{part}: the mixture names dataset {entry['dataset_id'][:12]}, on disk is {built[:12]}")
-        if set(mixture["parts"]) != set(wanted.parts):
-            problems.append(f"the mixture holds {sorted(mixture['parts'])}, params.yaml asks for {sorted(wanted.parts)}")
-        return problems, {"parts": len(mixture["parts"])}
+        rows = [row for task in mixture["tasks"].values() for row in task]
+        problems = [] if rows else ["it holds no parts"]
+        for row in rows:
+            built = read_manifest(root, row["part"])["dataset_id"]
+            if row["dataset_id"] != built:
+                problems.append(f"{row['part']}: the mixture names dataset {row['dataset_id'][:12]}, on disk is {built[:12]}")
+        if {task: times for task, times in config.ratio.items() if times > 0} != mixture["ratio"]:
+            problems.append(f"the mixture has ratio {mixture['ratio']}, params.yaml asks for {config.ratio}")
+        return problems, {f"samples {row['part']}": row["samples"] for row in rows}
 
-    return _check(asset_name(stage), "names_the_data_on_disk", "Its parts are the ones asked for, by the ids of the shards on disk.", measure)
+    return _check(
+        asset_name(stage), "names_the_data_on_disk", "Its parts are the ones asked for, by the ids of the shards on disk.", measure
+    )
 
 
 def _training_check(root: Path, stage: str) -> dg.AssetChecksDefinition:

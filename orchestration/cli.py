@@ -11,7 +11,9 @@ import typer
 from runtime import exits
 from runtime.environment import set_environment
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A factory for DeepGen, image generation and editing.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A factory for DeepGen, image generation and editing."
+)
 preset_app = typer.Typer(no_args_is_help=True, help="Complete alternatives of params.yaml.")
 app.add_typer(preset_app, name="preset")
 
@@ -95,10 +97,16 @@ def edit(
 
 def _draw(action: list[str], out: Path, seed: int, steps: int | None, guidance: float | None, model: str) -> None:
     """Start the model's own command on the folder behind `model`."""
-    folder = _model_folder(model)
-    options = ["--model", str(folder), "--out", str(out.resolve()), "--seed", str(seed)]
-    options += ["--steps", str(steps)] if steps is not None else []
-    options += ["--guidance", str(guidance)] if guidance is not None else []
+    from runtime.params import load_params
+
+    evaluation = load_params(_root() / "params.yaml").evaluation
+    options = ["--model", str(_model_folder(model)), "--out", str(out.resolve()), "--seed", str(seed)]
+    options += [
+        "--steps",
+        str(steps or evaluation.sampling_steps),
+        "--guidance",
+        str(evaluation.guidance if guidance is None else guidance),
+    ]
     done = subprocess.run([sys.executable, "-m", "model", *action, *options], cwd=_root(), check=False)
     raise typer.Exit(done.returncode)
 
@@ -118,7 +126,9 @@ def _model_folder(model: str) -> Path:
     version = registry.resolve(model)
     folder = registry.pipeline_folder(version)
     if tensors_digest(folder) != version.tags.get("model_digest"):
-        raise NotRegistered(f"{model}: the files of version {version.version} are not the registered ones; `deepgen run` registers the export again.")
+        raise NotRegistered(
+            f"{model}: the files of version {version.version} are not the registered ones; `deepgen run` registers the export again."
+        )
     return folder
 
 

@@ -34,16 +34,13 @@ def verify_part(root: Path, part: str) -> dict[str, Any]:
         ShardsDiffer: naming the first shard that is not.
     """
     manifest = read_manifest(root, part)
-    for shard in manifest["shards"]:
-        path = shards_folder(root, part) / shard["name"]
+    rebuild = f"Rebuild: rm -r outputs/shards/{part} && dvc repro shards@{part}"
+    for name, expected in [("index.npy", manifest["index_sha256"]), *((shard["name"], shard["sha256"]) for shard in manifest["shards"])]:
+        path = shards_folder(root, part) / name
         if not path.is_file():
-            raise ShardsDiffer(f"{path.relative_to(root)} is missing. Rebuild: rm -r outputs/shards/{part} && dvc repro shards@{part}")
-        found = sha256_file(path)
-        if found != shard["sha256"]:
-            raise ShardsDiffer(
-                f"{path.relative_to(root)} has sha256 {found[:12]}, its manifest says {shard['sha256'][:12]}. "
-                f"Rebuild: rm -r outputs/shards/{part} && dvc repro shards@{part}"
-            )
+            raise ShardsDiffer(f"{path.relative_to(root)} is missing. {rebuild}")
+        if (found := sha256_file(path)) != expected:
+            raise ShardsDiffer(f"{path.relative_to(root)} has sha256 {found[:12]}, its manifest says {expected[:12]}. {rebuild}")
     return manifest
 
 

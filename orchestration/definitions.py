@@ -29,7 +29,9 @@ def build_definitions(root: Path) -> dg.Definitions:
     if "export_diffusers" in stages:
         more_assets, more_checks = build_model_assets(root)
         assets, checks = assets + more_assets, checks + more_checks
-    pipeline = dg.define_asset_job(PIPELINE, dg.AssetSelection.all(), description="Everything, from data to champion. Done parts are skipped.")
+    pipeline = dg.define_asset_job(
+        PIPELINE, dg.AssetSelection.all(), description="Everything, from data to champion. Done parts are skipped."
+    )
     beyond_shards = dg.AssetSelection.assets("shards").downstream(include_self=False)
     retrain = dg.define_asset_job(RETRAIN, beyond_shards, description="From the mixtures on: train, evaluate, export, register, promote.")
     return dg.Definitions(

@@ -41,7 +41,10 @@ class DvcCommand:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._survey: tuple[float, dict[str, list[Any]]] | None = (-math.inf, {})  # one status of all stages; None once this process recorded one
+        self._survey: tuple[float, dict[str, list[Any]]] | None = (
+            -math.inf,
+            {},
+        )  # one status of all stages; None once this process recorded one
 
     def changes(self, name: str) -> list[Any]:
         """What `dvc status` says of one stage; empty if its params, inputs, code, command and outputs are as recorded."""
@@ -57,9 +60,7 @@ class DvcCommand:
 
     def changed_outs(self, name: str) -> dict[str, str]:
         """Outputs of a stage that are not what was recorded, with how they differ (modified, deleted, not in cache)."""
-        return {
-            path: how for entry in self.changes(name) if isinstance(entry, dict) for path, how in entry.get("changed outs", {}).items()
-        }
+        return {path: how for entry in self.changes(name) if isinstance(entry, dict) for path, how in entry.get("changed outs", {}).items()}
 
     def commit(self, stage: Stage) -> None:
         """Record the stage's inputs and outputs in dvc.lock, and its outputs in the cache."""
@@ -88,7 +89,13 @@ class DvcCommand:
         for wait in (*WAITS, None):
             # A session of its own: Ctrl-C at the terminal must not cut a commit in two.
             process = subprocess.Popen(
-                command, cwd=self.root, env=self._environment(), text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                command,
+                cwd=self.root,
+                env=self._environment(),
+                text=True,
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
             try:
                 output, errors = process.communicate()

@@ -61,7 +61,9 @@ def champion_asset(root: Path) -> dg.AssetsDefinition:
 
 
 def _alias_check(root: Path, alias: str) -> dg.AssetChecksDefinition:
-    @dg.asset_check(asset=alias, name="weights_are_the_registered_ones", description="Its files hold the registered weights.", blocking=True)
+    @dg.asset_check(
+        asset=alias, name="weights_are_the_registered_ones", description="Its files hold the registered weights.", blocking=True
+    )
     def check() -> dg.AssetCheckResult:
         registry = Registry.open(root, load_params(root / "params.yaml"))
         version = registry.by_alias(alias)
@@ -74,7 +76,9 @@ def _alias_check(root: Path, alias: str) -> dg.AssetChecksDefinition:
 
 
 def _champion_was_gated(root: Path) -> dg.AssetChecksDefinition:
-    @dg.asset_check(asset=CHAMPION, name="it_passed_the_gates", description="The alias was moved by a promotion, not by hand.", blocking=True)
+    @dg.asset_check(
+        asset=CHAMPION, name="it_passed_the_gates", description="The alias was moved by a promotion, not by hand.", blocking=True
+    )
     def check() -> dg.AssetCheckResult:
         version = Registry.open(root, load_params(root / "params.yaml")).by_alias(CHAMPION)
         rows = read_history(root)

@@ -133,7 +133,9 @@ def only_one(root: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            raise AlreadyRunning(f"`deepgen run` works on this clone already (process {handle.read().strip() or 'unknown'}); wait or stop it.") from None
+            raise AlreadyRunning(
+                f"`deepgen run` works on this clone already (process {handle.read().strip() or 'unknown'}); wait or stop it."
+            ) from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
@@ -157,7 +159,9 @@ def bury_dead_runs(instance: "dg.DagsterInstance") -> None:
     """A killed `deepgen run` stays "started" in Dagster and keeps its places in the pools: mark it failed, and free them."""
     import dagster as dg
 
-    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING])):
+    for run in instance.get_runs(
+        dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING])
+    ):
         pid, _, born = run.tags.get(PROCESS_TAG, "").partition(":")
         if pid and _born(int(pid)) != born:
             instance.report_run_failed(run, f"its process {pid} was killed; noticed {time.strftime('%H:%M:%S')}")

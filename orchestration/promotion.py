@@ -63,7 +63,9 @@ def promote(root: Path, params: Params, dvc: DvcCommand) -> Promotion:
         return Promotion(str(challenger.version), digest, True, "; ".join([f"version {challenger.version} is champion", *notes]))
 
 
-def check_evidence(root: Path, params: Params, dvc: DvcCommand, challenger: "ModelVersion", digest: str) -> tuple[list[dict[str, Any]], str]:
+def check_evidence(
+    root: Path, params: Params, dvc: DvcCommand, challenger: "ModelVersion", digest: str
+) -> tuple[list[dict[str, Any]], str]:
     """The measured gates and the digest of the set they were measured on, once shown to be about these weights, this set, and unedited.
 
     Raises:
@@ -80,7 +82,9 @@ def check_evidence(root: Path, params: Params, dvc: DvcCommand, challenger: "Mod
         raise GateFailed(f"{', '.join(changed)} is not what dvc.lock recorded: measure again with `dvc repro --force evaluation@{FINAL}`.")
     registered = challenger.tags.get("model_digest")
     if digest != registered:
-        raise GateFailed(f"version {challenger.version} holds weights {digest[:12]}, it was registered with {registered}: its files were changed.")
+        raise GateFailed(
+            f"version {challenger.version} holds weights {digest[:12]}, it was registered with {registered}: its files were changed."
+        )
     if digest != measured:
         raise GateFailed(f"the gates were measured on weights {measured[:12]}, the challenger is {digest[:12]}: evaluate it first.")
     try:

@@ -68,6 +68,14 @@ class Registry:
     def _versions(self) -> list["ModelVersion"]:
         return list(self.client.search_model_versions(f"name = '{self.name}'"))
 
+    def _aliases(self) -> list[str]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return list(self.client.get_registered_model(self.name).aliases)
+        except MlflowException:
+            return []
+
     def tag(self, version: "ModelVersion", tags: dict[str, str]) -> None:
         for name, value in tags.items():
             self.client.set_model_version_tag(self.name, version.version, name, value)
@@ -85,9 +93,9 @@ class Registry:
         try:
             return self.client.get_model_version_by_alias(name, alias) if alias else self.client.get_model_version(name, number)
         except MlflowException:
-            known = sorted({a for version in self._versions() for a in version.aliases})
+            known = ", ".join(sorted(self._aliases())) or "none yet"
             raise NotRegistered(
-                f"{uri}: the registry has no such model. Aliases of {self.name}: {', '.join(known) or 'none yet'}. `deepgen run` makes a champion."
+                f"{uri}: the registry has no such model. Aliases of {self.name}: {known}. `deepgen run` makes a champion."
             ) from None
 
     def pipeline_folder(self, version: "ModelVersion") -> Path:

@@ -50,7 +50,8 @@ def reason_to_skip(now: Situation) -> str | None:
     if not now.samples:
         return "no training shards have been built"
     if (now.data_digest, now.params_digest) == (now.champion_data, now.champion_params):
-        return f"nothing changed: the champion was made from data {now.data_digest[:12]} and params {now.params_digest[:12]}, which are the present ones"
+        made_from = f"data {now.data_digest[:12]} and params {now.params_digest[:12]}"
+        return f"nothing changed: the champion was made from {made_from}, which are the present ones"
     return None
 
 
@@ -89,5 +90,7 @@ def _decide(root: Path, instance: dg.DagsterInstance) -> dg.RunRequest | dg.Skip
     if reason := reason_to_skip(now):
         return dg.SkipReason(reason)
     if earlier := instance.get_runs(dg.RunsFilter(tags={RETRAIN_KEY: now.key}), limit=1):
-        return dg.SkipReason(f"run {earlier[0].run_id[:8]} was started for this data and params ({now.key}); it is {earlier[0].status.value.lower()}")
+        return dg.SkipReason(
+            f"run {earlier[0].run_id[:8]} was started for this data and params ({now.key}); it is {earlier[0].status.value.lower()}"
+        )
     return dg.RunRequest(run_key=now.key, tags={RETRAIN_KEY: now.key})

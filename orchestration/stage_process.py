@@ -71,7 +71,14 @@ class StageProcess(dg.PipesSubprocessClient):
         with dg.open_pipes_session(context, self.context_injector, self.message_reader, extras={"stage": stage.name}) as session:
             environment = os.environ | session.get_bootstrap_env_vars() | {"PYTHONUNBUFFERED": "1", "PATH": _path()}
             process = Popen(
-                command_of(stage), cwd=self.cwd, env=environment, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", start_new_session=True
+                command_of(stage),
+                cwd=self.cwd,
+                env=environment,
+                stdout=PIPE,
+                stderr=STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
             )
             lines: deque[str] = deque(maxlen=LAST_LINES)
             assert process.stdout is not None, "stdout is a pipe"

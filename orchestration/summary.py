@@ -22,7 +22,9 @@ def training_lines(root: Path) -> list[str]:
             continue
         metrics = read_json(path)
         moves = [
-            f"{name} {metrics[f'{name}_first']:.4g} -> {metrics[f'{name}_last']:.4g}" for name in ("loss", "reward") if f"{name}_first" in metrics
+            f"{name} {metrics[f'{name}_first']:.4g} -> {metrics[f'{name}_last']:.4g}"
+            for name in ("loss", "reward")
+            if f"{name}_first" in metrics
         ]
         lines.append(f"  {stage:<10} {metrics['steps']:>6} steps   {'   '.join(moves)}")
     return ["training, first -> last"] + lines if lines else []

@@ -1,5 +1,6 @@
 """`deepgen ui`: Dagster and MLflow on this clone's files, on the loopback address only, stopped together."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -105,19 +106,15 @@ def stop_all(processes: dict[str, "subprocess.Popen[bytes]"]) -> None:
         _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
     for process in processes.values():
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
         _signal_group(process, signal.SIGKILL)
         process.wait()
 
 
 def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _listening(port: int) -> bool:

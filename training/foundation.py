@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import ModelConfig
+from model.config import FoundationConfig, ModelConfig
 from model.deepgen import build_deepgen
 from model.weights import load_foundation, save_model
 from runtime.files import read_json, sha256_file, write_json
@@ -29,8 +29,7 @@ def run_foundation(run: StageRun) -> None:
     folder = run.folder / "out"
     shutil.rmtree(folder, ignore_errors=True)
     if config.source == "hub":
-        names = ", ".join(f"{part} {weights.repo}@{weights.revision[:8]}" for part, weights in config.hub.items())
-        raise FileNotFoundError(f"foundation.hub: {names} are not on this machine, and fetching them is not built yet. Use a local preset.")
+        raise FileNotFoundError(missing_hub_weights(config))
     if config.source == "random":
         torch.manual_seed(generator("foundation", config.seed).initial_seed())
         from data.drawn import VOCABULARY
@@ -41,6 +40,12 @@ def run_foundation(run: StageRun) -> None:
     check_shapes(folder / "model", run.params.model)
     run.publish(folder)
     run.report({"source": config.source})
+
+
+def missing_hub_weights(config: FoundationConfig) -> str:
+    """What a hub foundation lacks on this machine, part by part."""
+    lines = [f"  {part}: {weights.repo} at {weights.revision or 'no pinned revision'}" for part, weights in sorted(config.hub.items())]
+    return "foundation.source: hub, but fetching and reading published weights is not built yet:\n" + "\n".join(lines) + "\nUse a local preset."
 
 
 def copy_checked(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image
 
 MAX_IMAGE_BYTES = 12_000_000
+MAX_PIXELS = 16_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -29,17 +30,14 @@ class DeepGenModel(PythonModel):
 
 def draw(pipeline: Any, prompt: str, image: Image.Image | None, settings: dict[str, Any]) -> Image.Image:
     """One picture; the same seed gives the same picture, whatever else is in the request."""
-    import torch
-
-    generator = torch.Generator().manual_seed(int(settings.get("seed", 0)))
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"seed": int(settings.get("seed", 0))}
     if "steps" in settings:
         chosen["num_inference_steps"] = int(settings["steps"])
     if "guidance" in settings:
         chosen["guidance_scale"] = float(settings["guidance"])
     if image is not None:
         chosen["image"] = image
-    return pipeline(prompt=prompt, generator=generator, **chosen).images[0]
+    return pipeline(prompt, **chosen).images[0]
 
 
 def decode_image(text: Any) -> Image.Image | None:
@@ -54,6 +52,8 @@ def decode_image(text: Any) -> Image.Image | None:
         raise ValueError(f"image: {len(text)} base64 characters; allowed: up to {MAX_IMAGE_BYTES} bytes.")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:  # from the header, before anything is decoded
+            raise ValueError(f"{image.width} x {image.height} pixels; allowed: up to {MAX_PIXELS} in all")
         return image.convert("RGB")
     except (ValueError, OSError) as error:
         raise ValueError(f"image: expected base64 of a {', '.join(FORMATS)}; {error}") from None

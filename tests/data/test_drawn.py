@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data.config import EDITS, KINDS
-from data.drawn import VOCABULARY, DrawnSample, draw_image_edit, draw_text_to_image
+from data.drawn import COLORS, VOCABULARY, DrawnSample, draw_image_edit, draw_text_to_image
 
 SPLITS = ("train", "validation", "evaluation")
 
@@ -67,3 +67,30 @@ def test_an_edit_changes_the_picture_and_comes_with_one_reference():
         assert source.shape == sample.target.shape == (64, 64, 3)
         assert source.dtype == sample.target.dtype == np.uint8
         assert (source != sample.target).any()
+
+
+def middle(image: np.ndarray, color: tuple[int, int, int]) -> tuple[float, float]:
+    """Mean (x, y) of the pixels of exactly that colour."""
+    rows, columns = np.nonzero((image == np.array(color)).all(-1))
+    return columns.mean(), rows.mean()
+
+
+def test_words_of_place_mean_what_a_reader_takes_them_to_mean():
+    """Read from the pixels, since drawing and verifying share their notion of left."""
+    for sample in (draw("text_to_image", "train", i, {"relation": 1.0}) for i in range(150)):
+        first, second = sample.scene["objects"]
+        if first["color"] == second["color"]:
+            continue
+        (ax, ay), (bx, by) = (middle(sample.target, COLORS[o["color"]]) for o in (first, second))
+        told = {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}
+        assert sample.prompt.startswith(f"a {first['color']} {first['shape']} {sample.scene['relation']} a {second['color']}")
+        assert told[sample.scene["relation"]], sample.prompt
+    for sample in (draw("text_to_image", "train", i, {"position": 1.0}) for i in range(40)):
+        x, y = middle(sample.target, COLORS[sample.scene["objects"][0]["color"]])
+        assert sample.prompt.endswith(f"in the {'top' if y < 20 else 'bottom'} {'left' if x < 20 else 'right'}")
+        assert not 20 < x < 44 and not 20 < y < 44
+
+
+def test_captions_are_english():
+    said = {draw("text_to_image", "train", i, {"count": 1.0}).prompt for i in range(300)}
+    assert {"two red crosses", "three green circles", "four blue squares", "two white triangles"} <= said

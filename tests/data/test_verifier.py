@@ -64,6 +64,21 @@ def test_a_swapped_colour_keeps_count_and_shape_but_breaks_the_binding():
     assert not verdict.strict
 
 
+def test_a_thing_nobody_asked_for_breaks_the_count_and_halves_the_rest():
+    sample = next(s for s in drawn("single") if s.scene["objects"][0]["y"] > 16)
+    (thing,) = sample.scene["objects"]
+    other = {"shape": "cross" if thing["shape"] != "cross" else "circle", "color": "red" if thing["color"] != "red" else "blue"}
+    crowded = render([thing, thing | other | {"x": 8.0, "y": 8.0}])
+    assert verify(sample.scene, crowded, sample.task).parts == {"count": 0.0, "shape": 0.5, "color": 0.5, "binding": 0.5}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_a_source_left_as_it_was_is_kept_but_not_edited(kind):
+    counted = {"recolor": 1.0, "move": 1.0, "add": 0.0, "remove": 0.0}[kind]
+    for sample in drawn(kind)[:20]:
+        assert verify(sample.scene, sample.references[0], sample.task).parts == {"kept": 1.0, "edited": 0.0, "count": counted}
+
+
 def test_a_relation_the_other_way_round_fails_on_the_relation_alone():
     sample = drawn("relation")[0]
     first, second = sample.scene["objects"]

@@ -34,20 +34,24 @@ def fresh(run: StageRun) -> Path:
 def shards(run: StageRun, part: str) -> None:
     config, folder = run.params.data.parts[part], fresh(run)
     write_atomic(folder / "shard-000000.tar", f"{part} {config.seed} {config.samples}\n")
-    sha256 = sha256_file(folder / "shard-000000.tar")
+    write_atomic(folder / "index.npy", "index\n")
+    sha256, index_sha256 = (sha256_file(folder / name) for name in ("shard-000000.tar", "index.npy"))
     rows = [{"name": "shard-000000.tar", "sha256": sha256, "samples": config.samples}]
-    write_json(folder / "manifest.json", {"dataset_id": sha256_json(rows), "samples": config.samples, "shards": rows})
+    manifest = {"dataset_id": sha256_json(rows), "samples": config.samples, "shards": rows, "index_sha256": index_sha256}
+    write_json(folder / "manifest.json", manifest)
     run.publish(folder)
     run.report({"samples": config.samples})
 
 
 def mixture(run: StageRun, stage: str) -> None:
-    parts = {
-        part: {"dataset_id": read_json(run.root / "outputs" / "shards" / part / "manifest.json")["dataset_id"]}
-        for part in run.params.mixture[stage].parts
-    }
+    config = run.params.mixture[stage]
+    tasks: dict[str, list[dict[str, object]]] = {}
+    for part in config.parts:
+        manifest, task = read_json(run.root / "outputs" / "shards" / part / "manifest.json"), run.params.data.parts[part].task
+        tasks.setdefault(task, []).append({"part": part, "samples": manifest["samples"], "dataset_id": manifest["dataset_id"]})
     temporary = run.folder / "mixture.json"
-    write_json(temporary, {"parts": parts})
+    ratio = {task: times for task, times in config.ratio.items() if times > 0}
+    write_json(temporary, {"tasks": {task: tasks[task] for task in ratio}, "ratio": ratio})
     run.publish(temporary)
 
 

@@ -56,7 +56,9 @@ def test_a_stage_stopped_and_started_again_ends_with_the_same_bytes(trained: Pat
     assert history == (trained / "outputs" / stage / "history.json").read_text()
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     root = tmp_path / "project"
     shutil.copytree(trained, root, symlinks=True, ignore=shutil.ignore_patterns("runs"))
     with pytest.raises(Interrupted):

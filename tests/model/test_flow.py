@@ -1,0 +1,59 @@
+"""Closed forms of the path, the sampler and guidance."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from model.flow import interpolate, sampling_sigmas, shift_sigmas, sigmas_at, velocity_target
+from model.sampler import guided, initial_noise, sample_euler
+
+
+def test_velocity_is_the_slope_of_the_path():
+    latents, noise = torch.randn(2, 4, 16, 8, 8, dtype=torch.float64)
+    near, far = torch.full((4,), 0.3, dtype=torch.float64), torch.full((4,), 0.7, dtype=torch.float64)
+    slope = (interpolate(latents, noise, far) - interpolate(latents, noise, near)) / 0.4
+    torch.testing.assert_close(slope, velocity_target(latents, noise), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
+def test_the_shift_keeps_both_ends_and_the_order(shift: float):
+    shifted = shift_sigmas(torch.linspace(0, 1, 11), shift)
+    assert shifted[0] == 0 and shifted[-1] == 1
+    assert (shifted.diff() > 0).all()
+
+
+def test_the_sampler_is_exact_where_the_velocity_is_constant():
+    noise, data = torch.randn(2, 3, 4, 8, 8)
+    for steps in (1, 3, 7):
+        made = sample_euler(lambda x, s: noise - data, noise, steps, shift=3.0)
+        torch.testing.assert_close(made, data, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sampler_takes_the_steps_of_the_diffusers_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 9)[:-1].tolist())
+    theirs = ours = torch.randn(1, 4, 8, 8)
+    for step in scheduler.timesteps:
+        theirs = scheduler.step(torch.sin(theirs), step, theirs).prev_sample
+    ours = sample_euler(lambda x, s: torch.sin(x), ours, 8, shift=3.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_logit_normal_timesteps_have_the_quantiles_of_the_logistic_normal():
+    sigmas = sigmas_at(torch.tensor([0.1587, 0.5, 0.8413]), "logit_normal", shift=1.0)
+    torch.testing.assert_close(torch.logit(sigmas), torch.tensor([-1.0, 0.0, 1.0]), rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_one_is_the_conditional_branch():
+    conditional, unconditional = torch.randn(2, 3, 4)
+    torch.testing.assert_close(guided(conditional, unconditional, 1.0), conditional)
+
+
+def test_noise_of_image_i_does_not_depend_on_its_batch():
+    together = initial_noise((4, 8, 8), [5, 6, 7])
+    torch.testing.assert_close(together[1:2], initial_noise((4, 8, 8), [6]), rtol=0, atol=0)
+
+
+def test_sampling_starts_at_noise_and_ends_at_data():
+    sigmas = sampling_sigmas(12, 2.0)
+    assert len(sigmas) == 13 and sigmas[0] == 1 and sigmas[-1] == 0

@@ -1,0 +1,83 @@
+"""Wrong params stop before any work, naming key, value and what is allowed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.params import ParamsError, load_params, parse_params
+
+REPO = Path(__file__).parents[2]
+PRESETS = ["smoke", "tiny", "small", "h200", "deepgen-5b"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_complete_file_that_names_itself(preset: str):
+    assert load_params(REPO / "presets" / f"{preset}.yaml").preset == preset
+
+
+def changed(tmp_path: Path, old: str, new: str) -> Path:
+    text = (REPO / "presets" / "tiny.yaml").read_text()
+    assert old in text
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ema_decay", "ema_decai", r"alignment\.ema_decai: unknown key; did you mean 'ema_decay'\? allowed here: batch_size"),
+        ("preset: tiny", "presett: tiny", r"presett: unknown key; did you mean 'preset'"),
+        ("steps: 400", "steps: -4", r"alignment\.steps: -4 given; input should be greater than 0"),
+        ("lr: 2.0e-3", "lr: fast", r"alignment\.optimizer\.lr: 'fast' given; input should be a valid number"),
+        ("image_edit: 1, text_to_image: 1", "image_edit: 0, text_to_image: 0", r"mixture\.alignment\.ratio: .* sums to 0"),
+        (
+            "{drawn_text_to_image: 1.0, drawn_image_edit: 1.0}",
+            "{drawn_text_to_image: 1.0, drawn_image_edit: 0.0}",
+            r"mixture\.alignment: ratio\.image_edit is 1, but the weights of its image_edit parts sum to 0",
+        ),
+        ("drawn_text_to_image: 1.0,", "drwn: 1.0,", r"mixture\.alignment\.parts: names 'drwn', which data\.parts lacks; allowed: \['drawn_"),
+        ("[6, 5, 4", "[9, 5, 4", r"model\.vlm\.stacked_layers: \[9\] lie beyond this VLM of 6 layers; allowed: 0\.\.6"),
+        ("batch_size: 64", "batch_size: 65", r"alignment\.batch_size: 65 must be a multiple of 64"),
+        ("stochastic_steps: 3", "stochastic_steps: 8", r"mr_grpo\.stochastic_steps: 8 of 8 rollout_steps; allowed: 1\.\.7"),
+        ("licence: CC0-1.0", 'licence: ""', r"data\.parts\.drawn_text_to_image\.licence: '' given"),
+        ("weight_decay: 0.0,", "weight_decay: .nan,", r"alignment\.optimizer\.weight_decay: nan given"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, old: str, new: str, message: str):
+    with pytest.raises(ParamsError, match=message):
+        load_params(changed(tmp_path, old, new))
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path):
+    path = changed(tmp_path, "steps: 400", "steps: -4")
+    path.write_text(path.read_text().replace("threads: 2", "threads: 0"))
+    with pytest.raises(ParamsError, match=r"(?s)alignment\.steps.*launch\.threads"):
+        load_params(path)
+
+
+def test_a_key_written_twice_is_refused():
+    with pytest.raises(ParamsError, match="steps: written twice"):
+        parse_params("sft: {steps: 1, steps: 2}")
+
+
+def test_numbers_are_those_of_yaml_1_2():
+    assert parse_params("a: 1e-4\nb: 12\nc: -1.5\nd: 1e3") == {"a": 1e-4, "b": 12, "c": -1.5, "d": 1000.0}
+
+
+def test_yaml_that_makes_objects_is_refused():
+    with pytest.raises(ParamsError, match="is not YAML"):
+        parse_params("a: !!python/object/apply:os.system ['true']")
+
+
+def test_the_default_params_are_a_preset():
+    text = (REPO / "params.yaml").read_text()
+    assert text in [(REPO / "presets" / f"{preset}.yaml").read_text() for preset in PRESETS]
+
+
+def test_the_schema_has_bounds_for_every_number_people_tune():
+    from runtime.params import Params
+
+    schema = json.dumps(Params.model_json_schema())
+    assert '"exclusiveMinimum": 0' in schema and '"additionalProperties": false' in schema
