@@ -22,7 +22,8 @@ def run_shards(run: StageRun) -> None:
     if data.store is not None:
         raise FileNotFoundError(f"data.store: {data.store!r}, but publishing shards to a store is not built yet; set it to null.")
     part, folder = data.parts[name], run.folder / "shards"
-    workers = len(os.sched_getaffinity(0))
+    shards = -(-part.samples // data.shard_samples)
+    workers = max(1, min(len(os.sched_getaffinity(0)), shards // 4))  # a worker costs seconds to start
     with Progress(part.samples, "sample", f"shards {name}", run.folder / "progress.jsonl") as progress:
         manifest = build_part(name, part, data.shard_samples, folder, workers, progress.update, lambda: bool(run.stop))
     if manifest is None:

@@ -60,7 +60,7 @@ def advantages(scores: Scores, weights: Tensor, group_size: int, noise_floor: fl
 
     Args:
         scores: N images, groups of `group_size` in a row.
-        weights: (K,).
+        weights: (K,), or (groups, 1, K) where prompts weigh rewards differently.
         noise_floor: a group whose values of a reward spread less gives 0 for it: dividing by noise would make illusory advantages.
         max_gain: most that the batch normalisation may enlarge by, so that a batch with few live groups is not blown up.
     """
