@@ -51,7 +51,7 @@ test: setup  ## every test, the smoke pipeline included; lists what was skipped 
 check: setup  ## format, lint, types, fast tests
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
+	@.venv/bin/mypy data model orchestration runtime training
 	@.venv/bin/python -m pytest -q -m "not slow"
 
 ui: setup  ## Dagster and MLflow in the browser, on this clone's files

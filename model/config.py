@@ -106,10 +106,9 @@ class VAEConfig(Settings):
 
     @model_validator(mode="after")
     def _downscale_fits(self) -> Self:
-        if self.kind == "kl" and 2 ** (len(self.block_out_channels) - 1) != self.downscale:
-            raise ValueError(
-                f"downscale: {len(self.block_out_channels)} block_out_channels give a factor of {2 ** (len(self.block_out_channels) - 1)}, not {self.downscale}"
-            )
+        factor = 2 ** max(len(self.block_out_channels) - 1, 0)
+        if self.kind == "kl" and factor != self.downscale:
+            raise ValueError(f"downscale: {len(self.block_out_channels)} block_out_channels give {factor}, not {self.downscale}")
         return self
 
 

@@ -16,7 +16,7 @@ EVALUATION = f"evaluation_{STAGES[-1]}"
 
 def build_model_assets(root: Path) -> tuple[list[dg.AssetsDefinition], list[dg.AssetChecksDefinition]]:
     """Registration and promotion, with their checks."""
-    return [challenger_asset(root), champion_asset(root)], [_alias_check(root, CHALLENGER), _champion_was_gated(root)]
+    return [challenger_asset(root), champion_asset(root)], [_alias_check(root, CHALLENGER), _champion_check(root)]
 
 
 def challenger_asset(root: Path) -> dg.AssetsDefinition:
@@ -75,17 +75,22 @@ def _alias_check(root: Path, alias: str) -> dg.AssetChecksDefinition:
     return check
 
 
-def _champion_was_gated(root: Path) -> dg.AssetChecksDefinition:
+def _champion_check(root: Path) -> dg.AssetChecksDefinition:
     @dg.asset_check(
         asset=CHAMPION, name="it_passed_the_gates", description="The alias was moved by a promotion, not by hand.", blocking=True
     )
     def check() -> dg.AssetCheckResult:
-        version = Registry.open(root, load_params(root / "params.yaml")).by_alias(CHAMPION)
-        rows = read_history(root)
-        last = rows[-1]["version"] if rows else None
-        return dg.AssetCheckResult(
-            passed=version is not None and str(version.version) == last,
-            metadata={"champion": str(version.version) if version is not None else "none", "last promoted": str(last)},
-        )
+        return champion_was_gated(root)
 
     return check
+
+
+def champion_was_gated(root: Path) -> dg.AssetCheckResult:
+    """Whether the champion is the version that the last promotion, or rollback, made champion."""
+    version = Registry.open(root, load_params(root / "params.yaml")).by_alias(CHAMPION)
+    rows = read_history(root)
+    last = rows[-1]["version"] if rows else None
+    return dg.AssetCheckResult(
+        passed=version is not None and str(version.version) == last,
+        metadata={"champion": str(version.version) if version is not None else "none", "last promoted": str(last)},
+    )

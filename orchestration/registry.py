@@ -1,6 +1,9 @@
 """The registered model in MLflow: versions keyed by the digest of their weights, and the aliases that point at them."""
 
+import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +66,9 @@ class Registry:
 
     def by_digest(self, digest: str) -> "ModelVersion | None":
         """The version that holds these weights, if they were registered before."""
-        return next((version for version in self._versions() if version.tags.get("model_digest") == digest), None)
+        return next((version for version in self.versions() if version.tags.get("model_digest") == digest), None)
 
-    def _versions(self) -> list["ModelVersion"]:
+    def versions(self) -> list["ModelVersion"]:
         return list(self.client.search_model_versions(f"name = '{self.name}'"))
 
     def _aliases(self) -> list[str]:
@@ -109,8 +112,8 @@ class Registry:
         else:
             target = self.root / "outputs" / "registry" / version.tags["model_digest"][:16]
             target.mkdir(parents=True, exist_ok=True)
-            mlflow.set_tracking_uri(self.client.tracking_uri)
-            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location, dst_path=str(target)))
+            address, store = model.artifact_location, self.client.tracking_uri
+            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=str(target), tracking_uri=store))
         flavors = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]
         return folder / flavors["python_function"]["artifacts"]["pipeline"]["path"]
 
@@ -129,23 +132,47 @@ def register_export(root: Path, params: Params, dvc: DvcCommand) -> tuple["Model
 
 def _create_version(registry: Registry, digest: str, dvc: DvcCommand) -> "ModelVersion":
     import mlflow
+
+    tags = _tags(registry, digest, dvc)
+    experiment = registry.client.get_experiment_by_name(registry.params.registry.experiment)
+    with _active_store(registry):
+        with mlflow.start_run(experiment_id=experiment.experiment_id, run_name=f"challenger {digest[:6]}", tags=tags) as run:
+            _log_lineage(registry)
+            model = _log_model(registry, digest)
+        _ensure_model(registry)
+        return registry.client.create_model_version(
+            registry.name, source=f"models:/{model.model_id}", run_id=run.info.run_id, model_id=model.model_id, tags=tags
+        )
+
+
+def _ensure_model(registry: Registry) -> None:
     from mlflow.exceptions import MlflowException
 
-    mlflow.set_tracking_uri(registry.client.tracking_uri)
-    mlflow.set_registry_uri(registry.client.tracking_uri)
-    mlflow.set_experiment(registry.params.registry.experiment)
-    tags = _tags(registry, digest, dvc)
-    with mlflow.start_run(run_name=f"challenger {digest[:6]}", tags=tags) as run:
-        _log_lineage(registry)
-        model = _log_model(registry, digest)
     try:
         registry.client.create_registered_model(registry.name, description="Image generation and editing from text and reference images.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return registry.client.create_model_version(
-        registry.name, source=f"models:/{model.model_id}", run_id=run.info.run_id, model_id=model.model_id, tags=tags
-    )
+
+
+@contextmanager
+def _active_store(registry: Registry) -> Iterator[None]:
+    """MLflow's module-level calls go to this registry's store. They leave it in the environment, which is put back for who comes after."""
+    import mlflow
+
+    kept = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    try:
+        mlflow.set_tracking_uri(registry.client.tracking_uri)
+        mlflow.set_registry_uri(registry.client.tracking_uri)
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _log_model(registry: Registry, digest: str) -> Any:

@@ -82,9 +82,8 @@ class Params(Settings):
             unit = section.micro_batch_size * self.launch.processes * cycle
             if section.batch_size % unit:
                 raise ValueError(
-                    f"{stage}.batch_size: {section.batch_size} must be a multiple of {unit} "
-                    f"(micro_batch_size {section.micro_batch_size} x launch.processes {self.launch.processes} x mixture ratio sum {cycle}), "
-                    "so that every optimizer step sees the exact ratio"
+                    f"{stage}.batch_size: {section.batch_size} must be a multiple of {unit} (micro_batch_size {section.micro_batch_size} "
+                    f"x launch.processes {self.launch.processes} x mixture ratio sum {cycle}), so that every step sees the exact ratio"
                 )
         images = self.mr_grpo.prompts_per_step * self.mr_grpo.group_size
         if images % (self.mr_grpo.micro_batch_size * self.launch.processes):

@@ -56,10 +56,8 @@ def run_evaluation(run: StageRun, stage: str) -> None:
         run.report({f"{task}_strict": row["strict"] for task, row in metrics.items()}, pictures)
     for task, row in metrics.items():
         kinds = "  ".join(f"{kind} {value['strict']:.2f}" for kind, value in row["kinds"].items())
-        print(
-            f"{stage} {task}: {row['strict']:.3f} strict, 95% [{row['interval_95'][0]:.3f}, {row['interval_95'][1]:.3f}], n {row['n']}  {kinds}",
-            flush=True,
-        )
+        low, high = row["interval_95"]
+        print(f"{stage} {task}: {row['strict']:.3f} strict, 95% [{low:.3f}, {high:.3f}], n {row['n']}  {kinds}", flush=True)
 
 
 def save_scored_grid(scored: list[Scored], path) -> None:

@@ -8,7 +8,7 @@ import torch
 from model.config import FoundationConfig, ModelConfig
 from model.deepgen import build_deepgen
 from model.weights import load_foundation, save_model
-from runtime.files import read_json, sha256_file, write_json
+from runtime.files import read_json, sha256_file
 from runtime.stage import StageRun
 from training.randomness import generator
 from training.tokenizer import build_tokenizer
@@ -45,7 +45,8 @@ def run_foundation(run: StageRun) -> None:
 def missing_hub_weights(config: FoundationConfig) -> str:
     """What a hub foundation lacks on this machine, part by part."""
     lines = [f"  {part}: {weights.repo} at {weights.revision or 'no pinned revision'}" for part, weights in sorted(config.hub.items())]
-    return "foundation.source: hub, but fetching and reading published weights is not built yet:\n" + "\n".join(lines) + "\nUse a local preset."
+    why = "foundation.source: hub, but fetching and reading published weights is not built yet:"
+    return "\n".join([why, *lines, "Use a local preset."])
 
 
 def copy_checked(source: Path, target: Path) -> None:
@@ -74,13 +75,3 @@ def check_shapes(folder: Path, config: ModelConfig) -> None:
     wrong = [f"{key}: {wanted} in params.yaml, {stored} in the weights" for key, (stored, wanted) in found.items() if stored != wanted]
     if wrong:
         raise FoundationMismatch(f"{folder} does not fit: " + "; ".join(wrong) + ". Change params.yaml or the foundation.")
-
-
-def write_provenance(folder: Path, facts: dict[str, object]) -> None:
-    """`provenance.json` of a foundation folder: facts of its training, and a sha256 a file."""
-    files = {
-        str(file.relative_to(folder)): sha256_file(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != "provenance.json"
-    }
-    write_json(folder / "provenance.json", facts | {"files": files})

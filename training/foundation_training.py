@@ -24,14 +24,13 @@ from model.sampler import initial_noise, sample_euler
 from model.vae import decode_latents, encode_images, to_uint8
 from model.vlm import embed_prompts, encode_references, image_token_count, prepare_prompts, stacked_hidden_states
 from model.weights import load_foundation, save_model
-from runtime.files import read_json, sha256_json, sha256_path, write_json
+from runtime.files import folder_files, read_json, sha256_file, sha256_json, sha256_path, write_atomic, write_json
 from runtime.keys import seed_from
 from runtime.params import load_params, parse_params
 from runtime.progress import Progress
 from runtime.stage import find_root
 from training.batching import batched, reference_pixels, stack_pixels
 from training.config import DiTTrainingConfig, FoundationTraining, VLMTrainingConfig
-from training.foundation import write_provenance
 from training.losses import flow_matching_loss
 from training.optim import EMA
 from training.randomness import generator, quantiles, sample_noise
@@ -78,7 +77,7 @@ def train_foundation(config: FoundationTraining, shapes: ModelConfig, out: Path)
         save_model(model, out / "model")
         write_json(out / "vlm.json", measured["vlm"])
         if min(amplitude) < AMPLITUDE_GATE:
-            print(f"vlm: WARNING: relative amplitude of colours {amplitude} by stacked layer; {AMPLITUDE_GATE} is wanted in each", flush=True)
+            print(f"vlm: WARNING: amplitude {amplitude} by stacked layer; {AMPLITUDE_GATE} is wanted in each", flush=True)
     torch.manual_seed(generator("text encoder", config.seed).initial_seed())
     encoder = PlainTextEncoder(shapes.vlm.vocab_size, shapes.dit.joint_attention_dim, shapes.dit.pooled_projection_dim)
     measured["dit"] = train_dit(model, encoder, config, out)
@@ -303,22 +302,33 @@ def evaluate_foundation(model: DeepGen, encoder: PlainTextEncoder, count: int) -
     return result
 
 
-def run_train_foundation() -> None:
-    """The command of foundation/dvc.yaml: train into `outputs/foundation_training/`, with provenance.
+SHIPPED = ("vlm", "transformer", "vae", "tokenizer", "text_encoder.safetensors")
 
-    Copying it to `foundation/` is a person's decision: every later run starts from it.
-    """
+
+def run_train_foundation() -> None:
+    """The command of foundation/dvc.yaml: train in `outputs/foundation_training/`, then put parts and provenance into `foundation/`."""
     root = find_root()
     config = FoundationTraining.model_validate(parse_params((root / "foundation" / "params.yaml").read_text()))
     shapes = load_params(root / config.preset).model
     out = root / "outputs" / "foundation_training"
     out.mkdir(parents=True, exist_ok=True)
     measured = train_foundation(config, shapes, out)
-    facts = {
-        "command": "python -m training train_foundation",
-        "params": config.model_dump(mode="json"),
-        "code": sha256_json({path: sha256_path(root / path) for path in ("data", "model", "training", "runtime")}),
-        "measured": measured,
-    }
-    write_provenance(out / "model", facts)
-    print(f"{out / 'model'}: copy it over foundation/ to start from it", flush=True)
+    ship(out / "model", root / "foundation", config, measured, code_digest(root))
+
+
+def code_digest(root: Path) -> str:
+    return sha256_json({path: sha256_path(root / path) for path in ("data", "model", "training", "runtime")})
+
+
+def ship(trained: Path, foundation: Path, config: FoundationTraining, measured: dict[str, Any], code: str) -> None:
+    """Copy the shipped parts and write `provenance.json`: how they were made, what they reached, and a sha256 a file."""
+    for name in SHIPPED:
+        for file in _files_of(trained / name):
+            write_atomic(foundation / file.relative_to(trained), file.read_bytes())
+    files = {str(f.relative_to(foundation)): sha256_file(f) for name in SHIPPED for f in _files_of(foundation / name)}
+    facts = {"command": "python -m training train_foundation", "code": code, "params": config.model_dump(mode="json"), "measured": measured}
+    write_json(foundation / "provenance.json", facts | {"files": files})
+
+
+def _files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else folder_files(path)

@@ -200,7 +200,8 @@ def update(
             totals["ratio_error"] = max(totals["ratio_error"], float((ratio - 1).abs().max()))
     if totals["ratio_error"] > config.clip_range / 10:
         raise OffPolicy(
-            f"{STAGE}: |ratio - 1| is {totals['ratio_error']:.2e} before any step, a tenth of mr_grpo.clip_range is {config.clip_range / 10:.2e}"
+            f"{STAGE}: |ratio - 1| is {totals['ratio_error']:.2e} before any step; allowed: a tenth of mr_grpo.clip_range, "
+            f"{config.clip_range / 10:.2e}. Use float32, or a wider clip range."
         )
     if config.sft_weight:
         sft = auxiliary_loss(wrapped, model, batch, config, state.step)

@@ -105,9 +105,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
             if ema is not None:
                 ema.update()
             state.step += 1
-            row = {"loss": loss, "grad_norm": float(norm), "lr": rate} | {
-                f"loss_{task}": v for task, v in means.items()
-            }
+            row = {"loss": loss, "grad_norm": float(norm), "lr": rate} | {f"loss_{task}": v for task, v in means.items()}
             state.history.append({"step": state.step} | row)
             state.data = loader.state()
             if state.step % config.log_every == 0 or state.step == config.steps:

@@ -40,7 +40,9 @@ def test_padding_in_the_prompt_does_not_reach_the_image(model: DeepGen):
     for row in range(3):
         length = int(condition.prompt_lengths[row])
         cut = Condition(
-            condition.prompt_embeds[row : row + 1, :length], condition.pooled_prompt_embeds[row : row + 1], condition.prompt_lengths[row : row + 1]
+            condition.prompt_embeds[row : row + 1, :length],
+            condition.pooled_prompt_embeds[row : row + 1],
+            condition.prompt_lengths[row : row + 1],
         )
         alone = model.predict_velocity(latents[row : row + 1], sigmas[row : row + 1], cut)
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)

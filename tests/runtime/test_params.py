@@ -37,7 +37,11 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
             "{drawn_text_to_image: 1.0, drawn_image_edit: 0.0}",
             r"mixture\.alignment: ratio\.image_edit is 1, but the weights of its image_edit parts sum to 0",
         ),
-        ("drawn_text_to_image: 1.0,", "drwn: 1.0,", r"mixture\.alignment\.parts: names 'drwn', which data\.parts lacks; allowed: \['drawn_"),
+        (
+            "drawn_text_to_image: 1.0,",
+            "drwn: 1.0,",
+            r"mixture\.alignment\.parts: names 'drwn', which data\.parts lacks; allowed: \['drawn_",
+        ),
         ("[6, 5, 4", "[9, 5, 4", r"model\.vlm\.stacked_layers: \[9\] lie beyond this VLM of 6 layers; allowed: 0\.\.6"),
         ("batch_size: 64", "batch_size: 65", r"alignment\.batch_size: 65 must be a multiple of 64"),
         ("stochastic_steps: 3", "stochastic_steps: 8", r"mr_grpo\.stochastic_steps: 8 of 8 rollout_steps; allowed: 1\.\.7"),

@@ -28,7 +28,10 @@ def scores_of(values: torch.Tensor, valid: torch.Tensor | None = None) -> Scores
 
 @pytest.mark.parametrize("case", range(len(FACTS["sde"])))
 def test_stochastic_steps_and_log_probabilities_are_the_references(case: int):
-    get = {name: TENSORS[f"sde{case}.{name}"] for name in ("sigmas", "velocity", "latents", "next_latents", "mean", "std", "log_prob", "step_index")}
+    get = {
+        name: TENSORS[f"sde{case}.{name}"]
+        for name in ("sigmas", "velocity", "latents", "next_latents", "mean", "std", "log_prob", "step_index")
+    }
     entry = FACTS["sde"][case]
     sampler = {"cps_sde": "cps_sde", "flowgrpo_sde": "flow_sde"}[entry["kind"]]
     for row, index in enumerate(get["step_index"].tolist()):
@@ -95,7 +98,9 @@ def test_a_reward_without_valid_values_is_as_if_it_were_not_there():
 
 
 def test_coverage_counts_what_applies_alone():
-    scores = Scores(("a", "b"), torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]), torch.tensor([[True, False], [True, False]]))
+    scores = Scores(
+        ("a", "b"), torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]), torch.tensor([[True, False], [True, False]])
+    )
     assert scores.coverage == 0.5
 
 
