@@ -123,7 +123,7 @@ def _refuse_if_moved(root: Path, stage: Stage, reported: dict[str, Any]) -> None
         )
 
 
-def sources_asset(root: Path) -> dg.AssetsDefinition:
+def sources_asset(root: Path) -> dg.SourceAsset:
     """What the shards are drawn or read from. Its version is the digest of the catalogue, so a new part shows as new data."""
 
     @dg.observable_source_asset(name=SOURCES, group_name="data", description="The catalogue of data parts in params.yaml.")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.drawn import COLORS, NUMBERS, SHAPES, VOCABULARY, DrawnSample, draw_image_edit, draw_text_to_image
@@ -321,10 +321,15 @@ def code_digest(root: Path) -> str:
 
 
 def ship(trained: Path, foundation: Path, config: FoundationTraining, measured: dict[str, Any], code: str) -> None:
-    """Copy the shipped parts and write `provenance.json`: how they were made, what they reached, and a sha256 a file."""
+    """Copy the shipped parts and write `provenance.json`: how they were made, what they reached, and a sha256 a file.
+
+    The VLM, which nothing is measured from but its hidden states, is stored in bfloat16: the repository holds at most 15 MB of weights.
+    """
     for name in SHIPPED:
         for file in _files_of(trained / name):
             write_atomic(foundation / file.relative_to(trained), file.read_bytes())
+    vlm = foundation / "vlm" / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(vlm).items()}, vlm, metadata={"format": "pt"})
     files = {str(f.relative_to(foundation)): sha256_file(f) for name in SHIPPED for f in _files_of(foundation / name)}
     facts = {"command": "python -m training train_foundation", "code": code, "params": config.model_dump(mode="json"), "measured": measured}
     write_json(foundation / "provenance.json", facts | {"files": files})
