@@ -33,11 +33,11 @@ install:
 	  "$(PYTHON)" -m venv --clear $$folder || { echo "venv failed: on Debian, apt install python3.11-venv"; exit 1; }; \
 	done
 	@echo "installing torch (a minute or two)"
-	@.venv/bin/pip install -q "$$(grep '^torch==' constraints.txt)"
+	@.venv/bin/pip install -qq "$$(grep '^torch==' constraints.txt)"
 	@echo "installing the rest (two or three minutes)"
-	@.venv/bin/pip install -q -c constraints.txt -e ".[dev]"
+	@.venv/bin/pip install -qq -c constraints.txt -e ".[dev]"
 	@echo "installing DVC"
-	@.venv-dvc/bin/pip install -q -c constraints-dvc.txt dvc
+	@.venv-dvc/bin/pip install -qq -c constraints-dvc.txt dvc
 	@ln -sfn ../../.venv-dvc/bin/dvc .venv/bin/dvc
 	@echo "installed"
 

@@ -23,7 +23,7 @@ class OtherData(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded sample: target uint8 (H, W, 3), references likewise, scene the drawn world's description or None."""
+    """One decoded sample: target uint8 (H, W, 3), references likewise, scene the drawn world's description, empty elsewhere."""
 
     key: str
     task: str
@@ -31,7 +31,7 @@ class Sample:
     prompt: str
     target: np.ndarray
     references: tuple[np.ndarray, ...]
-    scene: dict[str, Any] | None
+    scene: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Batch:
     target_images: np.ndarray
     reference_images: tuple[np.ndarray, ...]
     keys: tuple[str, ...]
-    scenes: tuple[dict[str, Any] | None, ...]
+    scenes: tuple[dict[str, Any], ...]
     positions: tuple[int, ...]
 
 
@@ -113,7 +113,7 @@ def parse_sample(content: bytes, name: str) -> Sample:
         prompt=facts["prompt"],
         target=decode_image(members["tgt.png"], f"{name} target"),
         references=tuple(decode_image(members[extension], f"{name} {extension}") for extension in references),
-        scene=facts["scene"],
+        scene=facts["scene"] or {},
     )
 
 

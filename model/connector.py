@@ -98,13 +98,10 @@ class StackedChannelBridging(ModelMixin, ConfigMixin):
         self._initialise()
 
     def _initialise(self) -> None:
-        for layer in self.connector.layers:
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.out_proj):
+        for name, linear in self.connector.named_modules():
+            if isinstance(linear, nn.Linear):
                 nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
-            for linear in (layer.mlp.fc1, layer.mlp.fc2):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.normal_(linear.bias, std=1e-6)
+                nn.init.normal_(linear.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(linear.bias)
         for head in (self.projector_2, self.projector_3):  # so that training starts from one condition for every prompt
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)

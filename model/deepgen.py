@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,14 @@ class DeepGen(nn.Module):
         vlm: Qwen2_5_VLForConditionalGeneration,
         connector: StackedChannelBridging,
         dit: DeepGenTransformer,
-        vae: nn.Module,
+        vae: Any,
         tokenizer: PreTrainedTokenizerBase,
         timestep_shift: float,
         max_prompt_tokens: int,
     ) -> None:
         super().__init__()
-        self.vlm, self.connector, self.dit, self.vae = vlm, connector, dit, vae
+        self.vlm, self.connector, self.dit = vlm, connector, dit
+        self.vae: Any = vae  # AutoencoderKL or LinearAutoencoder
         self.tokenizer, self.timestep_shift, self.max_prompt_tokens = tokenizer, timestep_shift, max_prompt_tokens
         self.train_vlm = False
 

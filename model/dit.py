@@ -51,7 +51,7 @@ class MaskedJointAttention:
 class DeepGenTransformer(SD3Transformer2DModel):
     """SD3Transformer2DModel, with its blocks and weight names, that also reads reference latents and a prompt mask."""
 
-    @functools.wraps(SD3Transformer2DModel.__init__)  # diffusers reads a model's config keys from this signature
+    @functools.wraps(SD3Transformer2DModel.__init__)  # type: ignore[misc]  # diffusers reads config keys from this signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_attn_processor(MaskedJointAttention())

@@ -43,7 +43,8 @@ def generate(
 
         def velocity(latents: Tensor, sigmas: Tensor) -> Tensor:
             slopes = model.predict_velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both, twice)
-            return guided(*slopes.chunk(2), guidance)
+            conditional, unconditional = slopes.chunk(2)
+            return guided(conditional, unconditional, guidance)
 
     latents = sample_euler(velocity, noise, steps, model.timestep_shift, on_step)
     return decode_latents(model.vae, latents)

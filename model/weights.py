@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
@@ -99,7 +98,7 @@ def _load_vlm(folder: Path, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGener
     return model
 
 
-def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     part, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
     _refuse_mismatch(folder, info)
     return part

@@ -75,10 +75,14 @@ def generate(
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels a side; default: as in training.")] = None,
     model: Model = CHAMPION_URI,
 ) -> None:
     """Draw a picture."""
-    _draw(["generate", prompt], out, seed, steps, guidance, model)
+    from runtime.params import load_params
+
+    side = size or load_params(_root() / "params.yaml").data.image_size
+    _draw(["generate", prompt, "--size", str(side)], out, seed, steps, guidance, model)
 
 
 @app.command()

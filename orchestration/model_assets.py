@@ -1,6 +1,7 @@
 """The assets that live in the registry, not in dvc.yaml: the challenger and the champion."""
 
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -32,7 +33,7 @@ def challenger_asset(root: Path) -> dg.AssetsDefinition:
         params = load_params(root / "params.yaml")
         version, new = register_export(root, params, dvc)
         say(f"challenger: {version.name} version {version.version}" + ("" if new else ", registered before"))
-        metadata = {"version": str(version.version), "uri": f"models:/{version.name}@{CHALLENGER}", "cached": not new}
+        metadata: dict[str, Any] = {"version": str(version.version), "uri": f"models:/{version.name}@{CHALLENGER}", "cached": not new}
         return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(version.tags["model_digest"]))
 
     return run
@@ -54,7 +55,11 @@ def champion_asset(root: Path) -> dg.AssetsDefinition:
         except (GateFailed, DvcError) as error:
             raise dg.Failure(f"champion: {error}", allow_retries=False) from None
         say(f"champion: {done.message}")
-        metadata = {"version": done.version, "uri": f"models:/{params.registry.model_name}@{CHAMPION}", "cached": not done.changed}
+        metadata: dict[str, Any] = {
+            "version": done.version,
+            "uri": f"models:/{params.registry.model_name}@{CHAMPION}",
+            "cached": not done.changed,
+        }
         return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(done.model_digest))
 
     return run

@@ -5,7 +5,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from orchestration.config import GatesConfig
 from orchestration.datasets import ShardsDiffer, evaluation_set_digest
@@ -104,7 +104,7 @@ def check_gates(gates: list[dict[str, Any]], config: GatesConfig, champion: dict
     values = {gate.get("name"): gate.get("value") for gate in gates}
     problems = []
     for name, floor in config.floors.items():
-        value = values.get(name)
+        value: Any = values.get(name)
         if not _is_number(value):
             problems.append(f"{name}: measured {value!r}, floor {floor}")
         elif value < floor:
@@ -121,7 +121,7 @@ def check_gates(gates: list[dict[str, Any]], config: GatesConfig, champion: dict
     return problems, []
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -189,6 +189,7 @@ def _log_model(registry: Registry, digest: str) -> Any:
         params=ParamSchema(
             [
                 ParamSpec("seed", "long", 0),
+                ParamSpec("size", "long", registry.params.data.image_size),
                 ParamSpec("steps", "long", evaluation.sampling_steps),
                 ParamSpec("guidance", "double", float(evaluation.guidance)),
             ]

@@ -34,7 +34,7 @@ class Progress:
 
             self.bar = tqdm(total=total, initial=start, unit=unit, desc=desc, dynamic_ncols=True)
 
-    def update(self, n: int = 1, **values: float) -> None:
+    def update(self, n: int = 1, /, **values: float) -> None:
         self.done += n
         self.values |= values
         now = time.monotonic()

@@ -40,7 +40,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By file: weights, optimizer moments, the average, and torch's generator (dropout draws from it)."""
-        moments = {}
+        moments: dict[str, Tensor] = {}
         for index, slots in self.optimizer.state_dict()["state"].items():
             moments |= {f"{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
         files = {

@@ -1,6 +1,7 @@
 """Scores, pictures and gates of the model after a stage, on the evaluation split."""
 
 import shutil
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def run_evaluation(run: StageRun, stage: str) -> None:
                 metrics[samples[0].task] = summarize(scored)
                 save_scored_grid(scored[:SHOWN], folder / f"{samples[0].task}.png")
                 pictures[samples[0].task] = run.out / f"{samples[0].task}.png"
-        gates = {
+        gates: dict[str, Any] = {
             "model_digest": tensors_digest(model_folder),
             "evaluation_set_digest": sha256_json({part: read_json(shards / part / "manifest.json")["dataset_id"] for part in config.parts}),
             "gates": [

@@ -103,7 +103,7 @@ def standardise_vision(model: DeepGen, config: FoundationTraining) -> None:
     """Fold the mean and spread of the random vision tower's output into its last layer, so that image tokens are of unit scale."""
     images = [draw("train", seed_from("vision", config.seed), i, "image_edit").references[0] for i in range(400)]
     tokens = encode_references(model.vlm, stack_pixels(images)).flatten(0, 1)
-    last = model.vlm.model.visual.merger.mlp[-1]
+    last: Any = model.vlm.model.visual.merger.mlp[-1]
     mean, spread = tokens.mean(0), tokens.std(0) + 1e-6
     last.weight.div_(spread[:, None])
     last.bias.sub_(mean).div_(spread)
@@ -158,7 +158,10 @@ def train_vlm(model: DeepGen, config: VLMTrainingConfig, seed: int, out: Path) -
 def answer_loss(model: DeepGen, kind: str, count: int, rng: np.random.Generator, split: str, seed: int) -> tuple[Tensor, float]:
     """Cross entropy on the assistant's words, and the share of them that is right."""
     encode = model.tokenizer.encode
-    rows, starts, images, index = [], [], [], 0
+    rows: list[list[int]] = []
+    starts: list[int] = []
+    images: list[np.ndarray] = []
+    index = 0
     while len(rows) < count:
         edit = kind == "image" or (kind == "echo" and rng.random() < 0.3)
         sample = draw(split, seed, index, "image_edit" if edit else "text_to_image")
@@ -166,18 +169,18 @@ def answer_loss(model: DeepGen, kind: str, count: int, rng: np.random.Generator,
         header = HEADER + GENERATE + sample.prompt
         if edit:
             header = HEADER + sample.prompt
-        answer = sample.prompt
+        words, answer = "", sample.prompt
         if kind != "echo":
             objects = sample.scene["source"] if edit else sample.scene["objects"]
             asked = question(sample, [o for o in objects if "shape" in o], rng)
             if asked is None:
                 continue
-            answer = asked[1]
-            header = f"{header} {asked[0]}"
+            words, answer = asked
+            header = f"{header} {words}"
         if kind == "image":
             height, width = sample.references[0].shape[:2]
             pads = IMAGE_PAD * image_token_count(model.vlm, height, width)
-            header = f"{HEADER}{VISION_START}{pads}{VISION_END}\n{asked[0]}"
+            header = f"{HEADER}{VISION_START}{pads}{VISION_END}\n{words}"
             images.append(sample.references[0])
         before = encode(header + FOOTER, add_special_tokens=False)
         rows.append(before + encode(answer + "<|im_end|>", add_special_tokens=False))

@@ -56,7 +56,7 @@ class Rollout:
     latents: tuple[Tensor, ...]
     next_latents: tuple[Tensor, ...]
     log_probs: tuple[Tensor, ...]
-    images: np.ndarray
+    images: Sequence[np.ndarray]
     scenes: Sequence[dict[str, Any]]
 
 
@@ -148,7 +148,7 @@ def rollout(model: DeepGen, batch: Batch, config: MRGRPOConfig, step: int) -> Ro
         else:
             following = latents + (sigmas[index + 1] - sigmas[index]) * velocity
         latents = following
-    images = to_uint8(decode_latents(model.vae, latents)).cpu().numpy()
+    images = list(to_uint8(decode_latents(model.vae, latents)).cpu().numpy())
     befores, afters, log_probs = zip(*kept, strict=True)
     scenes = [batch.scenes[prompt] for prompt, _ in names]
     return Rollout(condition, befores, afters, log_probs, images, scenes)
@@ -208,12 +208,12 @@ def update(
         accelerator.backward(config.sft_weight * sft)
         totals["sft_loss"] = sft.item()
     norm = float(accelerator.clip_grad_norm_(state.trained.values(), config.optimizer.max_grad_norm))
-    loss = totals["policy_loss"] + config.kl_weight * totals["kl"] + config.sft_weight * totals["sft_loss"]
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise NonFiniteLoss(f"{STAGE}: step {state.step + 1} has loss {loss}, gradient norm {norm}; prompts {list(batch.prompts)[:3]}")
+    total = totals["policy_loss"] + config.kl_weight * totals["kl"] + config.sft_weight * totals["sft_loss"]
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise NonFiniteLoss(f"{STAGE}: step {state.step + 1} has loss {total}, gradient norm {norm}; prompts {list(batch.prompts)[:3]}")
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return totals | {"loss": loss, "grad_norm": norm, "zero_advantage_share": float((advantage.abs() < 1e-6).float().mean())}
+    return totals | {"loss": total, "grad_norm": norm, "zero_advantage_share": float((advantage.abs() < 1e-6).float().mean())}
 
 
 def auxiliary_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: MRGRPOConfig, step: int) -> Tensor:

@@ -31,7 +31,7 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[d
     folder.mkdir()
     model.eval()
     save_model(model, folder / "model")
-    metrics = {
+    metrics: dict[str, Any] = {
         "steps": len(history),
         "held_out_loss": {"before": read_json(run.folder / "before.json"), "after": held_out_loss(run, model)},
     }

@@ -15,7 +15,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class DeepGenModel(PythonModel):
-    """One row a picture: column `prompt`, and optionally `image` (base64); params seed, steps and guidance hold for all rows."""
+    """One row a picture: column `prompt`, and optionally `image` (base64); params seed, size, steps and guidance hold for all rows."""
 
     def load_context(self, context: PythonModelContext) -> None:
         from model.pipeline import DeepGenPipeline
@@ -37,6 +37,8 @@ def draw(pipeline: Any, prompt: str, image: Image.Image | None, settings: dict[s
         chosen["guidance_scale"] = float(settings["guidance"])
     if image is not None:
         chosen["image"] = image
+    elif "size" in settings:  # an edit keeps the size of its image
+        chosen["height"] = chosen["width"] = int(settings["size"])
     return pipeline(prompt, **chosen).images[0]
 
 

@@ -21,7 +21,8 @@ class Tracker:
     """
 
     def __init__(self, run: StageRun, experiment: str) -> None:
-        self.run, self.rows, self.active = run, [], rank() == 0
+        self.run, self.active = run, rank() == 0
+        self.rows: list[tuple[int, dict[str, float]]] = []
         self.run_id: str | None = None
         if not self.active:
             return
