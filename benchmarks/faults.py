@@ -2,12 +2,13 @@
 
     python benchmarks/faults.py [--json FILE] [--ways SIGINT SIGTERM SIGKILL orchestrator] [--seed N]
 
-A clone runs once undisturbed. Then, for each way, another clone is stopped once in every stage: the stage's own process gets the signal, or the
-orchestrator above it gets SIGKILL. After each stop nothing of the project may be left running; after the last, dvc.lock must equal the first one's.
-Goal: every stop survived. Exits 1 where one was not.
+A clone runs once undisturbed. Then, for each way, another clone is stopped once in every stage: the stage's own process gets the signal, or
+the orchestrator above it gets SIGKILL. After each stop nothing of the project may be left running; after the last, every output in dvc.lock
+must be the undisturbed run's. Goal: every stop survived. Exits 1 where one was not.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -94,10 +95,8 @@ def stop_in(root: Path, stage: str, way: str, wait: float, log: Path) -> Row:
             return Row(way, stage, wait, run.returncode, 0.0)
         time.sleep(0.05)
     time.sleep(wait)
-    try:
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
         os.kill(run.pid, signal.SIGKILL) if way == "orchestrator" else process.send_signal(signal.Signals[way])
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        pass
     began = time.monotonic()
     run.wait()
     while left_running(root) and time.monotonic() - began < GRACE:

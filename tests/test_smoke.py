@@ -1,104 +1,130 @@
-"""The whole recipe on a clone of its own, smallest preset: one command from nothing to a champion that draws."""
+"""The smoke recipe in a clone: killed on the way, finished, reproduced by DVC elsewhere, and served, all without a network."""
 
-import base64
 import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.files import read_json, tensors_digest
+from benchmarks.faults import clone, outputs_of, stop_in
 
-ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("data", "model", "orchestration", "runtime", "training", "presets", "foundation")
-DEEPGEN = str(Path(sys.executable).parent / "deepgen")
-PNG = b"\x89PNG\r\n"
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-# Loads the champion where the project can't be imported: a serving machine has MLflow's copy of the code and nothing else.
-ELSEWHERE = """
-import base64, json, sys
-sys.path = [entry for entry in sys.path if entry not in ("", sys.argv[2])]
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-try:
-    import model
-    sys.exit("the project can be imported here, so this proves nothing")
-except ImportError:
-    pass
-import mlflow, pandas as pd
-mlflow.set_tracking_uri(sys.argv[1])
-champion = mlflow.pyfunc.load_model("models:/deepgen@champion")
-drawn = champion.predict(pd.DataFrame([{"prompt": "a red circle"}]), params={"seed": 3, "steps": 2})
-again = champion.predict(pd.DataFrame([{"prompt": "a red circle"}]), params={"seed": 3, "steps": 2})
-edited = champion.predict(pd.DataFrame([{"prompt": "make it blue", "image": drawn[0]}]), params={"steps": 2})
-print(json.dumps({"drawn": drawn[0], "again": again[0], "edited": edited[0]}))
-"""
+pytestmark = pytest.mark.slow
 
 
-def call(root: Path, *command: str) -> "subprocess.CompletedProcess[str]":
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = os.environ | {"PATH": path, "DVC_BIN": str(ROOT / ".venv-dvc" / "bin" / "dvc")}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+def run(root: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """A command of the clone's environment, in a network namespace without interfaces where the machine allows one."""
+    path = f"{root / '.venv' / 'bin'}:{os.environ['PATH']}"
+    offline = (
+        ["unshare", "--map-root-user", "--net"] if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0 else []
+    )
+    return subprocess.run(
+        [*offline, *command],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root), "PATH": path} | environment,
+    )
+
+
+DEEPGEN = ("python", "-c", "import sys; from orchestration.cli import main; sys.argv[0] = 'deepgen'; main()")
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone that `deepgen preset use smoke` and `deepgen run` have gone through."""
-    root = tmp_path_factory.mktemp("smoke") / "clone"
-    for room in ROOMS:
-        if (ROOT / room).exists():
-            shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__", "work"))
-    for file in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, root / file)
-    git = ["git", "-c", "user.name=smoke", "-c", "user.email=smoke@example.org"]
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "smoke"]):
-        assert call(root, *git, *arguments).returncode == 0
-    assert call(root, DEEPGEN, "preset", "use", "smoke").returncode == 0
-    done = call(root, DEEPGEN, "run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (root / "first_run.txt").write_text(done.stdout)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone whose run lost its trainer in alignment and its orchestrator in SFT, both to SIGKILL, and was then run to the end."""
+    root = clone(tmp_path_factory.mktemp("smoke") / "clone")
+    log = root.parent / "run.log"
+    for stage, way in (("alignment", "SIGKILL"), ("sft", "orchestrator")):
+        row = stop_in(root, stage, way, 6.0, log)
+        assert row.exit_code != 0, f"{way} in {stage} must not look like success"
+        assert row.gone_s is not None, f"{way} in {stage} left something running"
+    done = run(root, *DEEPGEN, "run")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (root.parent / "said.txt").write_text(done.stdout)
     return root
 
 
-def test_one_command_goes_from_nothing_to_a_champion(clone: Path):
-    said = (clone / "first_run.txt").read_text()
-    assert "is champion" in said and "right on the evaluation set" in said
-    for stage in ("alignment", "sft", "mr_grpo"):
-        assert (clone / "outputs" / stage / "grid.png").read_bytes().startswith(PNG)
+def test_the_run_ends_with_a_summary_of_scores_pictures_and_next_commands(finished: Path):
+    said = (finished.parent / "said.txt").read_text()
+    for words in ("alignment", "image_edit", "text_to_image", "pictures", "make ui", "deepgen generate", "version 1 is champion"):
+        assert words in said
 
 
-def test_the_exported_weights_are_the_evaluated_ones(clone: Path):
-    gates = read_json(clone / "outputs" / "evaluation" / "mr_grpo" / "gates.json")
-    assert tensors_digest(clone / "outputs" / "exports" / "diffusers") == gates["model_digest"]
+def test_a_second_run_has_nothing_to_do_and_says_so(finished: Path):
+    again = run(finished, *DEEPGEN, "run")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
 
 
-def test_dvc_repro_has_nothing_to_do_after_it(clone: Path):
-    done = call(clone, str(ROOT / ".venv-dvc" / "bin" / "dvc"), "repro")
-    assert done.returncode == 0 and "Running stage" not in done.stdout and "up to date" in done.stdout
+def test_dvc_has_nothing_to_do_after_the_run(finished: Path):
+    status = run(finished, str(finished / ".venv-dvc" / "bin" / "dvc"), "status", "--json")
+    assert json.loads(status.stdout or "{}") == {}, status.stdout
 
 
-def test_the_champion_draws_and_edits_from_the_command_line(clone: Path, tmp_path: Path):
-    picture, changed = tmp_path / "a.png", tmp_path / "b.png"
-    assert call(clone, DEEPGEN, "generate", "a red circle", "--out", str(picture), "--seed", "3").returncode == 0
-    assert call(clone, DEEPGEN, "edit", str(picture), "make the circle blue", "--out", str(changed)).returncode == 0
-    assert picture.read_bytes().startswith(PNG) and changed.read_bytes().startswith(PNG)
+def test_dvc_repro_in_another_clone_gives_the_same_bytes_everywhere(finished: Path, tmp_path: Path):
+    other = clone(tmp_path / "other")
+    dvc = str(other / ".venv-dvc" / "bin" / "dvc")
+    done = run(other, dvc, "repro")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert outputs_of(other) == outputs_of(finished)
 
 
-def test_the_champion_loads_from_the_registry_where_the_project_is_not(clone: Path, tmp_path: Path):
-    store = f"sqlite:///{clone / 'outputs' / 'mlflow' / 'mlflow.db'}"
-    done = call(tmp_path, sys.executable, "-c", ELSEWHERE, store, str(ROOT))
-    assert done.returncode == 0, done.stderr
-    pictures = json.loads(done.stdout.splitlines()[-1])
-    assert all(base64.b64decode(picture).startswith(PNG) for picture in pictures.values())
-    assert pictures["drawn"] == pictures["again"] != pictures["edited"]
+def test_the_champion_draws_and_edits_and_a_seed_gives_one_image(finished: Path):
+    for out in ("a.png", "b.png"):
+        drawn = run(finished, *DEEPGEN, "generate", "a red circle", "--out", out, "--seed", "3", "--steps", "2")
+        assert drawn.returncode == 0, drawn.stderr
+    assert (finished / "a.png").read_bytes() == (finished / "b.png").read_bytes()
+    edited = run(finished, *DEEPGEN, "edit", "a.png", "make the circle green", "--out", "c.png", "--steps", "2")
+    assert edited.returncode == 0, edited.stderr
+    assert (finished / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_registered_model_holds_no_pickle(clone: Path):
-    names = {file.suffix for file in (clone / "outputs" / "mlflow" / "artifacts" / "models").rglob("*") if file.is_file()}
-    assert names.isdisjoint({".pkl", ".pickle", ".pt", ".pth", ".bin"})
+def test_the_registered_model_loads_by_alias_elsewhere_and_draws_the_commands_image(finished: Path, tmp_path: Path):
+    code = (
+        "import base64, mlflow, pandas, sys; from runtime.mlflow_store import open_store; from pathlib import Path;"
+        "mlflow.set_tracking_uri(open_store(Path(sys.argv[1])));"
+        "model = mlflow.pyfunc.load_model('models:/deepgen@champion');"
+        "made = model.predict(pandas.DataFrame({'prompt': ['a red circle']}), params={'seed': 3, 'steps': 2, 'guidance': 1.0});"
+        "Path(sys.argv[2]).write_bytes(base64.b64decode(list(made)[0]))"
+    )
+    done = run(finished, "python", "-c", code, str(finished), str(tmp_path / "served.png"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    drawn = run(finished, *DEEPGEN, "generate", "a red circle", "--out", str(tmp_path / "drawn.png"), "--seed", "3", "--steps", "2")
+    assert drawn.returncode == 0, drawn.stderr
+    import numpy as np
+    from PIL import Image
+
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "served.png")), np.asarray(Image.open(tmp_path / "drawn.png")))
+
+
+def test_runs_are_tied_to_their_inputs_by_digest_in_mlflow(finished: Path):
+    from mlflow import MlflowClient
+
+    from runtime.files import sha256_path
+    from runtime.mlflow_store import open_store
+
+    client = MlflowClient(open_store(finished))
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], filter_string="tags.stage = 'sft'")
+    digests = {dataset.dataset.name: dataset.dataset.digest for dataset in runs[0].inputs.dataset_inputs}
+    assert digests["outputs/alignment"] == sha256_path(finished / "outputs" / "alignment")[:32]
+    assert digests["outputs/mixture/sft.json"] == sha256_path(finished / "outputs" / "mixture" / "sft.json")[:32]
+
+
+def test_a_run_in_a_moved_clone_finds_everything_in_place(finished: Path, tmp_path: Path):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved, symlinks=True)
+    again = run(moved, *DEEPGEN, "run")
+    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stdout[-2000:] + again.stderr[-2000:]
+    drawn = run(moved, *DEEPGEN, "generate", "a red circle", "--out", "moved.png", "--steps", "2")
+    assert drawn.returncode == 0, drawn.stderr
+
+
+def test_wrong_params_stop_a_run_before_any_work(finished: Path, tmp_path: Path):
+    root = clone(tmp_path / "wrong")
+    params = root / "params.yaml"
+    params.write_text(params.read_text().replace("steps: 4", "steps: -4", 1))
+    refused = run(root, *DEEPGEN, "run")
+    assert refused.returncode == 2
+    assert "alignment.steps: -4 given; input should be greater than 0" in refused.stderr + refused.stdout
+    assert not (root / "outputs" / "shards").exists()
