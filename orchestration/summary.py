@@ -21,10 +21,10 @@ def training_lines(root: Path) -> list[str]:
         if not path.is_file():
             continue
         metrics = read_json(path)
-        moves = [
-            f"{name} {metrics[f'{name}_first']:.4g} -> {metrics[f'{name}_last']:.4g}"
-            for name in ("loss", "reward")
-            if f"{name}_first" in metrics
+        name = "reward" if "reward_first" in metrics else "loss"
+        held_out = metrics.get("held_out_loss", {})
+        moves = [f"{name} {metrics[f'{name}_first']:.4g} -> {metrics[f'{name}_last']:.4g}"] + [
+            f"held-out {task} {before:.4g} -> {held_out['after'][task]:.4g}" for task, before in held_out.get("before", {}).items()
         ]
         lines.append(f"  {stage:<10} {metrics['steps']:>6} steps   {'   '.join(moves)}")
     return ["training, first -> last"] + lines if lines else []

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from runtime.files import write_atomic
 
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its page for language-model traces
+
 # Every column in which MLflow keeps an absolute artifact address.
 ADDRESSES = (
     ("experiments", "artifact_location"),
@@ -59,7 +61,7 @@ def _create(uri: str, folder: Path, experiment: str) -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of each table it makes
     client = MlflowClient(uri, uri)
     if client.get_experiment_by_name(experiment) is None:
-        client.create_experiment(experiment, artifact_location=(folder / "artifacts").as_uri())
+        client.create_experiment(experiment, artifact_location=(folder / "artifacts").as_uri(), tags=KIND)
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         database.execute("PRAGMA journal_mode = WAL")  # kept in the file: readers and one writer at a time don't block each other
 

@@ -22,9 +22,18 @@ def save_grid(rows: Sequence[Sequence[np.ndarray]], path: Path, captions: Sequen
             place = (4 + c * (width + 4), 4 + r * (tall + 4))
             sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), place)
             if captions:
-                draw.text((place[0] + 1, place[1] + height + 1), captions[r][c], fill=(30, 30, 30), font=font)
+                draw.text((place[0] + 1, place[1] + height + 1), fitted(captions[r][c], width, font), fill=(30, 30, 30), font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.quantize(128).save(path, optimize=True)
+
+
+def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, cut with two dots where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "..") > width:
+        text = text[:-1]
+    return text + ".."
 
 
 def save_curves(history: Sequence[dict[str, float]], names: Sequence[str], path: Path, title: str) -> None:
@@ -39,8 +48,8 @@ def save_curves(history: Sequence[dict[str, float]], names: Sequence[str], path:
         points = [(row["step"], row[name]) for row in history if name in row]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, alpha=0.25, color="C0" if len(names) == 1 else None)
-            axes.plot(steps, _smooth(values), label=name)
+            (line,) = axes.plot(steps, _smooth(values), label=name)
+            axes.plot(steps, values, alpha=0.2, color=line.get_color())
     axes.set(xlabel="optimizer step", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

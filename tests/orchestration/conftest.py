@@ -179,7 +179,8 @@ def copy(finished: Toy, tmp_path: Path) -> Toy:
 
 
 def stop(process: "subprocess.Popen[str]", number: int = signal.SIGINT) -> int:
-    process.send_signal(number)
+    """Signal the whole process group, as a terminal does on Ctrl-C; the exit code."""
+    os.killpg(process.pid, number)
     return process.wait(timeout=60)
 
 
