@@ -159,20 +159,26 @@ class Loader:
                     )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the mixture (and through it every dataset id), the batch size, and the next micro-batch."""
-        return {"mixture_hash": self.mixture["mixture_hash"], "batch_size": self.batch_size, "micro_batch": self.next}
+        """What a checkpoint keeps: which data, by dataset id and mixture hash, in which order, and the next global sample."""
+        return {
+            "datasets": {name: part.manifest["dataset_id"] for name, part in sorted(self.parts.items())},
+            "mixture_hash": self.mixture["mixture_hash"],
+            "seed": self.mixture["seed"],
+            "batch_size": self.batch_size,
+            "global_sample": self.next * self.batch_size,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
 
         Raises:
-            OtherData: the state was saved with another mixture or batch size.
+            OtherData: the state was saved with other data, in another order, or with another batch size.
         """
         mine = self.state()
-        for name in ("mixture_hash", "batch_size"):
+        for name in ("mixture_hash", "datasets", "seed", "batch_size"):
             if state[name] != mine[name]:
                 raise OtherData(f"saved position has {name} {state[name]}, this run has {mine[name]}: it can't go on from there.")
-        self.next = state["micro_batch"]
+        self.next = state["global_sample"] // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         while True:

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,14 +41,14 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By file: weights, optimizer moments, the average, and torch's generator (dropout draws from it)."""
+        """By file: weights, optimizer moments, the average, and the global generators (dropout draws from torch's)."""
         moments: dict[str, Tensor] = {}
         for index, slots in self.optimizer.state_dict()["state"].items():
             moments |= {f"{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
         files = {
             "weights": {name: p.detach() for name, p in self.trained.items()},
             "optimizer": moments,
-            "random": {"torch": torch.get_rng_state()},
+            "random": {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_state()[1].astype(np.int64))},
         }
         if torch.cuda.is_available():
             files["random"]["cuda"] = torch.cuda.get_rng_state()
@@ -69,6 +71,9 @@ class TrainState:
         current["state"] = state
         self.optimizer.load_state_dict(current)
         torch.set_rng_state(tensors["random"]["torch"])
+        np.random.set_state(("MT19937", tensors["random"]["numpy"].numpy().astype(np.uint32), *facts["random"]["numpy"]))
+        version, words, gauss = facts["random"]["python"]
+        random.setstate((version, tuple(words), gauss))
         if torch.cuda.is_available() and "cuda" in tensors["random"]:
             torch.cuda.set_rng_state(tensors["random"]["cuda"])
         if self.ema is not None:
@@ -85,7 +90,13 @@ class TrainState:
             "data": self.data,
             "history": self.history,
             "ema_updates": updates,
+            "random": {"python": random.getstate(), "numpy": list(numpy_state()[2:])},
         }
+
+
+def numpy_state() -> tuple[Any, ...]:
+    """numpy's global generator: name, 624 words, position, whether a normal deviate waits, and that deviate."""
+    return tuple(np.random.get_state(legacy=True))
 
 
 class Checkpoints:
