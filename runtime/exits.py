@@ -1,11 +1,14 @@
 """Exit codes of a stage command, and how it ends when told to or when its parent dies."""
 
+import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
+from typing import Any, TextIO
 
 DONE = 0
 FAILED = 1
@@ -41,17 +44,40 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        print(f"{signal.Signals(number).name}: finishing this step, then saving. Once more to stop at once.", flush=True)
+        said = f"{signal.Signals(number).name}: finishing this step, then saving. Once more to stop at once.\n"
+        with contextlib.suppress(OSError):  # not print: this may have come in the middle of one
+            os.write(1, said.encode())
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
 
+class QuietStream:
+    """A text stream that drops what it is given once nobody reads it any more, instead of failing the work that prints."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def exit_with_parent() -> None:
     """Receive SIGTERM when the parent dies, so that a killed orchestrator leaves no orphan; a stuck process is ended after 60 s.
 
-    Survives `exec`, so a launcher that this process becomes is covered as well. Linux only.
+    What is printed after that is lost, and no error: the state is still saved. Survives `exec`, so a launcher that this process becomes
+    is covered as well. Linux only.
     """
+    sys.stdout, sys.stderr = QuietStream(sys.stdout), QuietStream(sys.stderr)  # type: ignore[assignment]
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -46,15 +45,16 @@ def test_a_run_is_shown_by_the_dagster_instance_of_the_clone(finished: Toy):
 def test_ctrl_c_saves_and_the_same_command_goes_on_and_a_second_one_is_refused_meanwhile(with_shards: Toy):
     toy = with_shards
     toy.edit("steps: 4\n", "steps: 40\n")
-    first = toy.start("run", TOY_SECONDS="0.4")
+    first = toy.start("run", TOY_SECONDS="1")
     toy.wait_for("alignment: step 2")
     second = toy.deepgen("run")
     assert second.returncode == exits.LOCKED and f"process {first.pid}" in second.stderr
     assert stop(first) == exits.INTERRUPTED
     assert "interrupted; finished parts are kept" in toy.log and not stage_processes(toy.root)
-    steps = int(re.findall(r"alignment: step (\d+)", toy.log)[-1])
+    steps = saved_step(toy)
+    assert steps >= 2 and f"stopped at step {steps} of 40" in toy.log
     (toy.root / "run.log").unlink()
-    again = toy.start("run", TOY_SECONDS="0.4")
+    again = toy.start("run", TOY_SECONDS="1")
     toy.wait_for(f"alignment: from step {steps}\n")
     assert stop(again, signal.SIGTERM) == exits.INTERRUPTED
 
@@ -70,13 +70,20 @@ def test_sigkill_of_the_run_leaves_no_orphan_and_the_next_run_goes_on(with_shard
     began = time.monotonic()
     wait_until(lambda: not stage_processes(toy.root), 5, "the stage to notice that its parent is gone")
     assert time.monotonic() - began < 3
+    steps = saved_step(toy)
+    assert steps >= 2, "though nobody read its lines any more, it saved before it ended"
     again = toy.start("run", TOY_SECONDS="0.4")
-    saved = json.loads(next((toy.root / "outputs" / "runs" / "alignment").glob("*/step.json")).read_text())["step"]
-    toy.wait_for(f"alignment: from step {saved}\n")
+    toy.wait_for(f"alignment: from step {steps}\n")
     with dg.DagsterInstance.from_config(str(toy.root / "outputs" / "dagster")) as instance:
         states = [run.status for run in instance.get_runs()]  # newest first
     assert states == [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE], "the killed run is not shown as running for ever"
     assert stop(again) == exits.INTERRUPTED
+
+
+def saved_step(toy: Toy) -> int:
+    """What the interrupted alignment stage saved."""
+    (state,) = (toy.root / "outputs" / "runs" / "alignment").glob("*/step.json")
+    return int(json.loads(state.read_text())["step"])
 
 
 def test_a_failed_stage_is_told_at_the_end_and_the_exit_code_says_so(with_shards: Toy):

@@ -63,8 +63,9 @@ def train(run: StageRun, stage: str) -> None:
     while done < steps:
         time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
         done += 1
-        write_json(state, {"step": done})
         print(f"{stage}: step {done} pid {os.getpid()}", flush=True)
+        if run.stop or done % 20 == 0:
+            write_json(state, {"step": done})
         if run.stop and done < steps:
             raise Interrupted(f"stopped at step {done} of {steps}")
     if os.environ.get("TOY_FAIL") == stage:
