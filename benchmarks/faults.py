@@ -2,8 +2,8 @@
 
     python benchmarks/faults.py [--json FILE] [--ways SIGINT SIGTERM SIGKILL orchestrator] [--seed N]
 
-A clone runs once undisturbed. Then, for each way, another clone is stopped once in every stage: the stage's own process gets the signal, or
-the orchestrator above it gets SIGKILL. After each stop nothing of the project may be left running; after the last, every output in dvc.lock
+A clone runs once undisturbed, which also says how long each stage's process lives. Then, for each way, another clone is stopped once in every
+stage, at a random moment of that life: the stage's own process gets the signal, or the orchestrator above it gets SIGKILL. After each stop nothing of the project may be left running; after the last, every output in dvc.lock
 must be the undisturbed run's. Goal: every stop survived. Exits 1 where one was not.
 """
 
@@ -87,6 +87,18 @@ def left_running(root: Path) -> list[str]:
     return found
 
 
+def lifetimes(root: Path, run: subprocess.Popen) -> dict[str, float]:
+    """Seconds that the first process of each stage lived, watched until `run` ends."""
+    seen: dict[str, tuple[int, float, float]] = {}
+    while run.poll() is None:
+        for stage in STAGES:
+            process = stage_process(root, stage)
+            if process is not None and process.pid == seen.setdefault(stage, (process.pid, time.monotonic(), 0.0))[0]:
+                seen[stage] = (process.pid, seen[stage][1], time.monotonic())
+        time.sleep(0.1)
+    return {stage: last - first for stage, (_, first, last) in seen.items()}
+
+
 def stop_in(root: Path, stage: str, way: str, wait: float, log: Path) -> Row:
     """Run until `stage` has been at it for `wait` seconds, stop it in the given way, and see that all is gone."""
     run = start(root, log)
@@ -121,12 +133,15 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         base = clone(Path(scratch) / "base")
-        if start(base, Path(scratch) / "base.log").wait() != 0:
+        run = start(base, Path(scratch) / "base.log")
+        lives = lifetimes(base, run)
+        if run.returncode != 0:
             sys.exit(f"the undisturbed run failed:\n{(Path(scratch) / 'base.log').read_text()[-2000:]}")
         expected = outputs_of(base)
+        print("seconds a process: " + "  ".join(f"{stage} {life:.1f}" for stage, life in lives.items()), flush=True)
         for way in arguments.ways:
             root, log = clone(Path(scratch) / way), Path(scratch) / f"{way}.log"
-            mine = [stop_in(root, stage, way, rng.uniform(0.2, 9.0), log) for stage in arguments.stages]
+            mine = [stop_in(root, stage, way, rng.uniform(0.0, 0.95) * lives[stage], log) for stage in arguments.stages]
             code = start(root, log).wait()
             same = code == 0 and outputs_of(root) == expected
             for row in mine:

@@ -58,14 +58,13 @@ def test_a_second_run_has_nothing_to_do_and_says_so(finished: Path):
 
 
 def test_dvc_has_nothing_to_do_after_the_run(finished: Path):
-    status = run(finished, str(finished / ".venv-dvc" / "bin" / "dvc"), "status", "--json")
+    status = run(finished, "dvc", "status", "--json")
     assert json.loads(status.stdout or "{}") == {}, status.stdout
 
 
 def test_dvc_repro_in_another_clone_gives_the_same_bytes_everywhere(finished: Path, tmp_path: Path):
     other = clone(tmp_path / "other")
-    dvc = str(other / ".venv-dvc" / "bin" / "dvc")
-    done = run(other, dvc, "repro")
+    done = run(other, "dvc", "repro")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert outputs_of(other) == outputs_of(finished)
 
