@@ -2,9 +2,10 @@
 
     python benchmarks/faults.py [--json FILE] [--ways SIGINT SIGTERM SIGKILL orchestrator] [--seed N]
 
-A clone runs once undisturbed, which also says how long each stage's process lives. Then, for each way, another clone is stopped once in every
-stage, at a random moment of that life: the stage's own process gets the signal, or the orchestrator above it gets SIGKILL. After each stop nothing of the project may be left running; after the last, every output in dvc.lock
-must be the undisturbed run's. Goal: every stop survived. Exits 1 where one was not.
+A clone runs once undisturbed, which also says how long each stage's process lives. Then, for each way, another clone is stopped once in
+every stage, at a random moment of that life: the stage's own process gets the signal, or the orchestrator above it gets SIGKILL. After each
+stop nothing of the project may be left running; after the last, every output in dvc.lock must be the undisturbed run's.
+Goal: every stop survived. Exits 1 where one was not.
 """
 
 import argparse

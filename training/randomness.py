@@ -1,4 +1,4 @@
-"""Generators named by purpose. Nothing in training draws from torch's global generator but dropout inside LoRA."""
+"""Generators named by purpose. From torch's global generator, seeded by stage, come only fresh weights and dropout inside LoRA."""
 
 import torch
 from torch import Tensor

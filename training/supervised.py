@@ -53,10 +53,11 @@ def run_supervised(run: StageRun, stage: str) -> None:
 
 def load_parent(run: StageRun, stage: str) -> DeepGen:
     """The model that `stage` starts from: the foundation with a fresh connector, or the stage before."""
+    # A process begins with a random global seed; fresh weights (connector, LoRA) and LoRA's dropout draw from it.
+    torch.manual_seed(generator("weights and dropout", getattr(run.params, stage).seed, stage).initial_seed())
     folder = run.root / "outputs" / PARENT[stage]
     if PARENT[stage] != "foundation":
         return load_model(folder / "model")
-    torch.manual_seed(generator("connector", run.params.alignment.seed).initial_seed())
     return load_foundation(folder / "model", run.params.model)
 
 

@@ -26,7 +26,7 @@ def nano_params() -> dict:
     for part in params["data"]["parts"].values():
         part["samples"] = min(part["samples"], 24)
     params["alignment"] |= {"steps": 4, "checkpoint_every": 2}
-    params["sft"] |= {"steps": 4, "checkpoint_every": 2}
+    params["sft"] |= {"steps": 4, "checkpoint_every": 2, "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}
     params["launch"] |= {"threads": 1}
     return params
 

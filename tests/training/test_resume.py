@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime.exits import Interrupted, StopRequest
 from runtime.files import tensors_digest
@@ -27,6 +28,7 @@ class StopAt(StopRequest):
 
 
 def run_stage(root: Path, stage: str, stop: StopRequest | None = None) -> Path:
+    torch.seed()  # as a new process does
     with begin(root, stage, stop) as run:
         run_mr_grpo(run) if stage == "mr_grpo" else run_supervised(run, stage)
         return run.folder
