@@ -10,6 +10,7 @@ PRESET ?=
 WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export DVC_NO_ANALYTICS := 1
+export PYTHONDONTWRITEBYTECODE :=  # packages are compiled when first imported, which pip would do for all of them
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:  ## this list

@@ -88,8 +88,7 @@ def exit_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        time.sleep(60)  # the kernel has sent SIGTERM; a second one would mean: stop without saving
         os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
