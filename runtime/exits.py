@@ -27,11 +27,15 @@ class Interrupted(Exception):
 class StopRequest:
     """Set by SIGTERM, SIGINT or SIGHUP; the loop looks at it after each step. A second signal ends the process at once.
 
-    What the kernel sends because the parent died is no second request: the step is still finished and saved.
+    What the kernel sends because the parent died is no second request: the step is still finished and saved. It sends one for each thread
+    of the dying parent that inherits this process, all within a moment and before the parent is seen to be gone.
     """
+
+    MOMENT = 1.0  # seconds
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.since = 0.0
         self.parent = os.getppid()
 
     def install(self) -> None:
@@ -39,11 +43,11 @@ class StopRequest:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and os.getppid() != self.parent:
-            return
         if self.signal is not None:
+            if os.getppid() != self.parent or time.monotonic() - self.since < self.MOMENT:
+                return
             os._exit(128 + number)
-        self.signal = number
+        self.signal, self.since = number, time.monotonic()
         said = f"{signal.Signals(number).name}: finishing this step, then saving. Once more to stop at once.\n"
         with contextlib.suppress(OSError):  # not print: this may have come in the middle of one
             os.write(1, said.encode())

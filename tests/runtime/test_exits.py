@@ -1,0 +1,48 @@
+"""How a stage ends when it is told to."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+STAGE = """
+import time
+from runtime.exits import StopRequest
+stop = StopRequest()
+stop.install()
+print("ready", flush=True)
+while not stop:
+    time.sleep(0.05)
+time.sleep(3)
+print("saved", flush=True)
+"""
+
+
+def stage() -> "subprocess.Popen[str]":
+    process = subprocess.Popen([sys.executable, "-c", STAGE], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_signals_that_come_together_are_one_request_and_the_state_is_saved():
+    """The kernel sends one for each thread of a dying parent."""
+    process = stage()
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    assert said.endswith("saved\n")
+
+
+def test_a_second_signal_later_ends_the_process_at_once():
+    process = stage()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "saved" not in said
