@@ -1,5 +1,6 @@
 """A toy project: a clone of its own with git, DVC, the real stage names, and stages that take no time."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -82,16 +83,16 @@ class Toy:
         path = self.root / "run.log"
         return path.read_text() if path.exists() else ""
 
-    def materialize(self, *names: str) -> dg.ExecuteInProcessResult:
-        """Materialize assets in this process, all partitions; failures are in the result."""
+    def materialize(self, *names: str, instance: dg.DagsterInstance | None = None) -> dg.ExecuteInProcessResult:
+        """Materialize assets in this process, all partitions; failures are in the result. Remembered where an instance is given."""
         stages = self.stages
         keys = [stage.key for stage in stages.values() if stage.group == "shards"]
         tags = {"dagster/asset_partition_range_start": str(keys[0]), "dagster/asset_partition_range_end": str(keys[-1])}
         resources = {"stage_process": StageProcess(self.root), "dvc": self.dvc}
         definitions = [*build_assets(self.root, stages), *build_checks(self.root, stages)]
-        with dg.DagsterInstance.ephemeral() as instance:
+        with contextlib.nullcontext(instance) if instance else dg.DagsterInstance.ephemeral() as remembering:
             return dg.materialize(
-                definitions, selection=list(names), resources=resources, instance=instance, raise_on_error=False, tags=tags
+                definitions, selection=list(names), resources=resources, instance=remembering, raise_on_error=False, tags=tags
             )
 
 

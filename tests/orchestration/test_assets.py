@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import dagster as dg
 import pytest
 
 from orchestration.assets import asset_name, group_stages, upstream
@@ -66,6 +67,17 @@ def test_a_clean_stage_is_skipped_and_keeps_its_data_version(with_shards: Toy):
     assert cached(second, "mixture_sft") == [True] and cached(second, "shards") == [True] * 4
     versions = [run.asset_materializations_for_node("mixture_sft")[0].tags["dagster/data_version"] for run in (first, second)]
     assert versions[0] == versions[1] == toy.dvc.recorded()["mixture@sft"]
+
+
+def test_a_skipped_stage_still_shows_what_was_reported_when_it_was_made(with_shards: Toy):
+    with dg.DagsterInstance.ephemeral() as instance:
+        first, second = (with_shards.materialize("shards", "mixture_sft", instance=instance) for _ in range(2))
+    for name in ("mixture_sft", "shards"):
+        before, after = (run.asset_materializations_for_node(name) for run in (first, second))
+        assert len(before) == len(after)
+        for made, skipped in zip(before, after, strict=True):
+            assert {**skipped.metadata, "cached": None} == {**made.metadata, "cached": None}
+    assert "fingerprint" in second.asset_materializations_for_node("mixture_sft")[0].metadata
 
 
 def test_a_stage_that_dvc_ran_is_clean_for_dagster(with_shards: Toy):
