@@ -173,10 +173,8 @@ def print_rows(rows: list[Row]) -> None:
     print(f"{'way':<13} {'stage':<11} {'after s':>7} {'exit':>5} {'gone s':>7}  survived")
     for row in rows:
         gone = "-" if row.gone_s is None else f"{row.gone_s:.1f}"
-        print(
-            f"{row.way:<13} {row.stage:<11} {row.after_s:>7.2f} {row.exit_code!s:>5} {gone:>7}  {'yes' if row.survived else 'NO' if row.delivered else 'too late'}",
-            flush=True,
-        )
+        verdict = "yes" if row.survived else "NO" if row.delivered else "too late"
+        print(f"{row.way:<13} {row.stage:<11} {row.after_s:>7.2f} {row.exit_code!s:>5} {gone:>7}  {verdict}", flush=True)
 
 
 if __name__ == "__main__":
