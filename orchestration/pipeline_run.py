@@ -115,6 +115,9 @@ def _add_failure(outcome: Outcome, event: Any) -> None:
         outcome.failures[event.step_key] = "\n".join(filter(None, (said.description, lines.value if lines is not None else None)))
     elif data.error is not None and data.error.cls_name != "DagsterAssetCheckFailedError":
         cause = data.error.cause or data.error
+        if "DagsterExecutionInterruptedError" in (cause.cls_name, data.error.cls_name):  # Ctrl-C in a check, or in the registry
+            outcome.interrupted = True
+            return
         outcome.failures[event.step_key] = f"{cause.message.strip()} (the whole trace is in {LOG})"
 
 

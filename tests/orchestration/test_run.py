@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 
+from orchestration.pipeline_run import Outcome, _add_failure
 from runtime import exits
 from tests.orchestration.conftest import Toy, stage_processes, stop, wait_until
 
@@ -98,3 +100,11 @@ def test_impossible_params_stop_before_anything_is_touched(toy: Toy):
     assert done.returncode == exits.BAD_PARAMS
     assert "alignment.steps" in done.stderr and "Traceback" not in done.stderr
     assert not (toy.root / "outputs").exists()
+
+
+def test_ctrl_c_outside_of_a_stage_is_an_interruption_and_no_failure():
+    error = SimpleNamespace(cls_name="DagsterExecutionInterruptedError", cause=None, message="")
+    outcome = Outcome("run", interrupted=False)
+    _add_failure(outcome, SimpleNamespace(step_key="challenger", step_failure_data=SimpleNamespace(user_failure_data=None, error=error)))
+    assert outcome.exit_code == exits.INTERRUPTED
+    assert not outcome.failures
