@@ -33,6 +33,7 @@ class VLMConfig(Settings):
     heads: PositiveInt
     kv_heads: PositiveInt
     rope_theta: PositiveFloat = 1_000_000.0
+    rms_norm_eps: PositiveFloat = Field(1e-6, description="as published; the configuration class of transformers would take 1e-5")
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt]
     vocab_size: PositiveInt
     vision: VisionConfig
@@ -65,6 +66,10 @@ class ConnectorConfig(Settings):
     layers: PositiveInt
     heads: PositiveInt
     num_think_tokens: NonNegativeInt = 128
+    projector: Literal["linear", "mlp"] = Field("linear", description="the way in: one layer as released, or the paper's two")
+    padding: Literal["masked", "reference"] = Field(
+        "masked", description="reference: padding is read as prompt, as the published weights were trained"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -85,6 +90,7 @@ class DiTConfig(Settings):
     dual_attention_layers: NonNegativeInt = 0
     joint_attention_dim: PositiveInt
     pooled_projection_dim: PositiveInt
+    reference_offset: bool = Field(False, description="positions tell references from the target (paper figure 3); off as released")
 
     @model_validator(mode="after")
     def _dual_blocks_exist(self) -> Self:
@@ -112,6 +118,21 @@ class VAEConfig(Settings):
         return self
 
 
+class ResolutionShift(Settings):
+    """A shift that depends on the number of image tokens, in diffusers' terms; replaces the static one where it is given."""
+
+    base_tokens: PositiveInt = 256
+    max_tokens: PositiveInt = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    @model_validator(mode="after")
+    def _is_a_line(self) -> Self:
+        if self.max_tokens <= self.base_tokens:
+            raise ValueError(f"max_tokens: {self.max_tokens} must be more than base_tokens {self.base_tokens}")
+        return self
+
+
 class ModelConfig(Settings):
     """DeepGen: parts and how they are joined."""
 
@@ -120,6 +141,7 @@ class ModelConfig(Settings):
     dit: DiTConfig
     vae: VAEConfig
     timestep_shift: PositiveFloat = Field(3.0, description="static shift s of sigma' = s sigma / (1 + (s - 1) sigma)")
+    resolution_shift: ResolutionShift | None = None
 
 
 class HubWeights(Settings):

@@ -74,6 +74,9 @@ class StackedChannelBridging(ModelMixin, ConfigMixin):
         num_think_tokens: learned vectors appended after the prompt; 0 for none.
         hidden_size, intermediate_size, layers, heads: the bidirectional encoder.
         joint_attention_dim, pooled_projection_dim: widths that the DiT expects.
+        projector: the way in; `linear` as released, `mlp` the two layers of the paper's text.
+        padding: `masked`, or `reference`: prompts were padded on the left and padding was read as prompt, as released. Weights trained with
+            one are not for the other; the model reads it here.
     """
 
     @register_to_config
@@ -88,10 +91,13 @@ class StackedChannelBridging(ModelMixin, ConfigMixin):
         heads: int,
         joint_attention_dim: int,
         pooled_projection_dim: int,
+        projector: str = "linear",
+        padding: str = "masked",
     ) -> None:
         super().__init__()
         self.think_tokens = nn.Parameter(torch.randn(num_think_tokens, vlm_hidden_size) * vlm_hidden_size**-0.5)
-        self.projector_1 = nn.Linear(len(stacked_layers) * vlm_hidden_size, hidden_size)
+        into = nn.Linear(len(stacked_layers) * vlm_hidden_size, hidden_size)
+        self.projector_1 = into if projector == "linear" else nn.Sequential(into, nn.GELU("tanh"), nn.Linear(hidden_size, hidden_size))
         self.connector = Encoder(hidden_size, intermediate_size, layers, heads)
         self.projector_2 = nn.Linear(hidden_size, pooled_projection_dim)
         self.projector_3 = nn.Linear(hidden_size, joint_attention_dim)

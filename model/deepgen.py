@@ -9,11 +9,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 from model import vlm as qwen
-from model.config import ModelConfig
+from model.config import ModelConfig, ResolutionShift
 from model.connector import StackedChannelBridging
 from model.dit import DeepGenTransformer, build_dit
+from model.flow import resolution_shift
+from model.offload import bring, device_of
 from model.prompts import SPECIAL_TOKENS, prompt_tokens
 from model.vae import build_vae
+
+# References of a batch: k tensors (B, C, H, W) where every row has as many of the same sizes, else a list with each row's own (C, H, W).
+References = tuple[Tensor, ...] | list[list[Tensor]]
+
+
+def rows_of(references: References, count: int) -> list[list[Tensor]]:
+    """Each row's own references."""
+    if isinstance(references, list):
+        return references
+    return [[batch[row] for batch in references] for row in range(count)]
+
+
+def stacked(rows: list[list[Tensor]]) -> References:
+    """The references of a batch as k tensors where every row has as many of the same sizes, else as they are."""
+    shapes = {tuple(reference.shape for reference in row) for row in rows}
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True)) if len(shapes) == 1 else rows
 
 
 @dataclass(frozen=True)
@@ -56,42 +74,77 @@ class DeepGen(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         timestep_shift: float,
         max_prompt_tokens: int,
+        resolution_shift: ResolutionShift | None = None,
     ) -> None:
         super().__init__()
         self.vlm, self.connector, self.dit = vlm, connector, dit
         self.vae: Any = vae  # AutoencoderKL or LinearAutoencoder
-        self.tokenizer, self.timestep_shift, self.max_prompt_tokens = tokenizer, timestep_shift, max_prompt_tokens
+        self.tokenizer, self.max_prompt_tokens = tokenizer, max_prompt_tokens
+        self.timestep_shift, self.resolution_shift = timestep_shift, resolution_shift
         self.train_vlm = False
 
     @property
     def device(self) -> torch.device:
-        return self.connector.think_tokens.device
+        return device_of(self.connector)
 
-    def encode_condition(self, prompts: Sequence[str], reference_images: tuple[Tensor, ...] = ()) -> Condition:
-        """Prompts, and k references (B, 3, H, W) in [-1, 1] shared in number and size by the batch -> Condition.
+    def shift_for(self, size: Sequence[int]) -> float:
+        """Shift of the sigmas for a latent of `size` (H, W): the static one, or that of its number of tokens."""
+        if self.resolution_shift is None:
+            return self.timestep_shift
+        return resolution_shift(size[0] * size[1] // self.dit.config.patch_size**2, **self.resolution_shift.model_dump())
 
-        A row's condition depends on that row alone: padding is masked in the VLM, the connector, the mean and the DiT.
+    def encode_condition(self, prompts: Sequence[str], reference_images: References = ()) -> Condition:
+        """Prompts and reference images in [-1, 1] -> Condition.
+
+        With padding `masked` a row's condition depends on that row alone: padding is masked in VLM, connector, mean and DiT.
+        With `reference` padding stands on the left and is read as if it were prompt, as the published weights were trained.
         """
-        counts = [qwen.image_token_count(self.vlm, *pixels.shape[-2:]) for pixels in reference_images]
-        rows = [prompt_tokens(self.tokenizer, prompt, counts, self.max_prompt_tokens) for prompt in prompts]
-        think_tokens = self.connector.think_tokens
-        batch = qwen.prepare_prompts(self.vlm, rows, reference_images, len(think_tokens))
-        layers = tuple(self.connector.config.stacked_layers)
-        states, mask = qwen.stacked_hidden_states(self.vlm, batch, think_tokens, layers, self.train_vlm)
-        prompt_embeds, pooled = self.connector(states.to(self.connector.dtype), mask)
+        by_row = rows_of(reference_images, len(prompts))
+        tokens = [
+            prompt_tokens(
+                self.tokenizer, prompt, [qwen.image_token_count(self.vlm, *image.shape[-2:]) for image in images], self.max_prompt_tokens
+            )
+            for prompt, images in zip(prompts, by_row, strict=True)
+        ]
+        return self.encode_tokens(tokens, by_row)
+
+    def encode_tokens(self, tokens: list[list[int]], reference_images: Sequence[Sequence[Tensor]]) -> Condition:
+        """Token ids of each row's chat turn, and its images (3, H, W) -> Condition."""
+        bring(self.vlm)
+        think_tokens, config = self.connector.think_tokens.to(self.vlm.device), self.connector.config
+        released = config.padding == "reference"
+        batch = qwen.prepare_prompts(self.vlm, tokens, reference_images, len(think_tokens), self.tokenizer.pad_token_id, left=released)
+        states, mask = qwen.stacked_hidden_states(self.vlm, batch, think_tokens, tuple(config.stacked_layers), self.train_vlm)
+        if released:
+            mask = torch.ones_like(mask)
+        prompt_embeds, pooled = self.connector(states.to(self.connector.dtype), None if released else mask)
         return Condition(prompt_embeds, pooled, mask.sum(1))
 
-    def predict_velocity(self, latents: Tensor, sigmas: Tensor, condition: Condition, reference_latents: tuple[Tensor, ...] = ()) -> Tensor:
-        """Velocity (B, C, H, W) at latents (B, C, H, W) and sigmas (B,) in [0, 1]."""
-        return self.dit(latents, condition.prompt_embeds, condition.pooled_prompt_embeds, sigmas * 1000, reference_latents, condition.mask)
+    def predict_velocity(self, latents: Tensor, sigmas: Tensor, condition: Condition, reference_latents: References = ()) -> Tensor:
+        """Velocity (B, C, H, W) at latents (B, C, H, W) and sigmas (B,) in [0, 1], of targets of one size with any references."""
+        if isinstance(reference_latents, tuple):
+            return self.dit(
+                latents, condition.prompt_embeds, condition.pooled_prompt_embeds, sigmas * 1000, reference_latents, condition.mask
+            )
+        return torch.stack(self.predict_velocities(list(latents), sigmas, condition, reference_latents))
+
+    def predict_velocities(
+        self, latents: Sequence[Tensor], sigmas: Tensor, condition: Condition, reference_latents: Sequence[Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Velocities (C, H, W) of targets of any sizes with any references."""
+        bring(self.dit)
+        lengths = condition.prompt_lengths.tolist()
+        return self.dit.forward_ragged(
+            latents, condition.prompt_embeds, condition.pooled_prompt_embeds, sigmas * 1000, reference_latents, lengths
+        )
 
     def forward(
         self,
         latents: Tensor,
         sigmas: Tensor,
-        reference_latents: tuple[Tensor, ...] = (),
+        reference_latents: References = (),
         prompts: Sequence[str] | None = None,
-        reference_images: tuple[Tensor, ...] = (),
+        reference_images: References = (),
         condition: Condition | None = None,
     ) -> Tensor:
         """Velocity, from prompts or from a condition computed before. Training calls this, so that wrappers see every gradient."""
@@ -112,6 +165,7 @@ def build_deepgen(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> De
         tokenizer=tokenizer,
         timestep_shift=config.timestep_shift,
         max_prompt_tokens=config.vlm.max_prompt_tokens,
+        resolution_shift=config.resolution_shift,
     )
 
 
@@ -126,4 +180,6 @@ def build_connector(config: ModelConfig) -> StackedChannelBridging:
         heads=config.connector.heads,
         joint_attention_dim=config.dit.joint_attention_dim,
         pooled_projection_dim=config.dit.pooled_projection_dim,
+        projector=config.connector.projector,
+        padding=config.connector.padding,
     )

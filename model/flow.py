@@ -2,6 +2,8 @@
 
 # B batch, C channels, H height, W width (of the latent); sigma 0 is data, 1 is noise
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,15 @@ def velocity_target(latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """Static shift towards noise: s sigma / (1 + (s - 1) sigma). Keeps 0 and 1 in place."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def resolution_shift(tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
+    """Shift that grows with the image: exp(mu), mu a line through (base_tokens, base_shift) and (max_tokens, max_shift).
+
+    More tokens average more noise away, so that more of it is needed to hide an image (SD3, section 5.3.2; the line is diffusers').
+    """
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return math.exp(base_shift + slope * (tokens - base_tokens))
 
 
 def sigmas_at(quantiles_B: Tensor, sampling: str, shift: float) -> Tensor:

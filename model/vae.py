@@ -9,6 +9,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from model.config import VAEConfig
+from model.offload import bring
 
 
 class LinearAutoencoder(ModelMixin, ConfigMixin):
@@ -83,13 +84,15 @@ def to_uint8(pixels_BCHW: Tensor) -> Tensor:
     return ((pixels_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def encode_images(vae: AutoencoderKL | LinearAutoencoder, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> latents, shifted and scaled: the posterior's mean, or a sample where a generator is given."""
+def encode_images(vae: AutoencoderKL | LinearAutoencoder, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> latents, shifted and scaled: the posterior's mean, or the sample of it that `noise` picks."""
+    bring(vae)
     posterior = vae.encode(pixels).latent_dist
-    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def decode_latents(vae: AutoencoderKL | LinearAutoencoder, latents: Tensor) -> Tensor:
     """Latents -> (B, 3, H, W) in about [-1, 1]."""
+    bring(vae)
     return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]

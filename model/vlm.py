@@ -2,6 +2,8 @@
 
 # B batch, P prompt length (padded right), T think tokens, L = P + T, V width of the VLM
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +20,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Token ids padded on the right, so that under a causal mask no real token ever sees padding.
+    """Token ids padded to one length: on the right, where causality hides padding from every real token, or on the left, as released.
 
-    ids (B, P), lengths (B,), position_ids (3, B, L) for M-RoPE, the think tokens' included; image_embeds (total image tokens, V) or None.
+    ids and real (B, P), lengths (B,), position_ids (3, B, L) for M-RoPE, the think tokens' included; image_embeds (all image tokens, V).
     """
 
     ids: Tensor
+    real: Tensor
     lengths: Tensor
     position_ids: Tensor
     image_embeds: Tensor | None
+    left: bool
 
 
 def build_vlm(config: VLMConfig, token_ids: dict[str, int]) -> Qwen2_5_VLForConditionalGeneration:
@@ -45,6 +49,7 @@ def build_vlm(config: VLMConfig, token_ids: dict[str, int]) -> Qwen2_5_VLForCond
                 "num_hidden_layers": config.layers,
                 "num_attention_heads": config.heads,
                 "num_key_value_heads": config.kv_heads,
+                "rms_norm_eps": config.rms_norm_eps,
                 "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta, "mrope_section": list(config.mrope_section)},
                 "bos_token_id": token_ids["<|endoftext|>"],
                 "eos_token_id": token_ids["<|im_end|>"],
@@ -82,8 +87,24 @@ def image_token_count(vlm: Qwen2_5_VLForConditionalGeneration, height: int, widt
 
 
 @torch.no_grad()
-def encode_references(vlm: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Reference images (B, 3, H, W) in [-1, 1] -> (B, tokens, V). The vision tower never trains, so there is no gradient."""
+def encode_references(vlm: Qwen2_5_VLForConditionalGeneration, images: Sequence[Tensor]) -> list[Tensor]:
+    """Reference images (3, H, W) in [-1, 1], of any sizes -> (tokens, V) of each. The vision tower never trains: no gradient."""
+    grids = [image_grid(vlm, *pixels.shape[-2:]) for pixels in images]
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, pixels in enumerate(images):
+        by_size[pixels.shape[-2], pixels.shape[-1]].append(i)
+    patches: dict[int, Tensor] = {}
+    for same in by_size.values():
+        patches.update(zip(same, _vision_patches(vlm, torch.stack([images[i] for i in same])), strict=True))
+    counts = [image_token_count(vlm, *pixels.shape[-2:]) for pixels in images]
+    flat = torch.cat([patches[i] for i in range(len(images))]).to(vlm.dtype)
+    tokens = vlm.model.visual(flat, grid_thw=torch.tensor([[1, *grid] for grid in grids], device=flat.device)).pooler_output
+    tokens = torch.cat(list(tokens)) if isinstance(tokens, (tuple, list)) else tokens
+    return list(tokens.split(counts))
+
+
+def _vision_patches(vlm: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, patches, features): scaled by 28/32, normalised as CLIP does, one frame repeated."""
     config = vlm.config.vision_config
     rows, columns = image_grid(vlm, *pixels.shape[-2:])
     patch, merge = config.patch_size, config.spatial_merge_size
@@ -91,49 +112,55 @@ def encode_references(vlm: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -
     mean, std = (scaled.new_tensor(value).view(1, 3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
     normal = ((scaled + 1) / 2 - mean) / std
     frames = normal[:, None].expand(-1, config.temporal_patch_size, -1, -1, -1)
-    patches = rearrange(frames, "b t c (h n p) (w m q) -> (b h w n m) (c t p q)", p=patch, q=patch, n=merge, m=merge)
-    grid = torch.tensor([[1, rows, columns]] * len(pixels), device=pixels.device)
-    tokens = vlm.model.visual(patches.to(vlm.dtype), grid_thw=grid).pooler_output
-    tokens = torch.cat(list(tokens)) if isinstance(tokens, (tuple, list)) else tokens
-    return tokens.view(len(pixels), -1, tokens.shape[-1])
+    return rearrange(frames, "b t c (h n p) (w m q) -> b (h w n m) (c t p q)", p=patch, q=patch, n=merge, m=merge)
 
 
 def prepare_prompts(
-    vlm: Qwen2_5_VLForConditionalGeneration, rows: list[list[int]], references: tuple[Tensor, ...], think_tokens: int
+    vlm: Qwen2_5_VLForConditionalGeneration,
+    rows: list[list[int]],
+    references: Sequence[Sequence[Tensor]],
+    think_tokens: int,
+    pad_id: int,
+    left: bool = False,
 ) -> PromptBatch:
     """Pad token rows to one length and give every position, think tokens included, its place in M-RoPE.
 
     Args:
         rows: token ids a sample.
-        references: k tensors (B, 3, H, W): every row of a batch has the same number of references, of the same sizes.
+        references: the images (3, H, W) of each row, any number, of any sizes.
+        left: pad on the left, as released.
+        pad_id: the token that fills; it is seen only by what the released padding lets leak.
     """
     device = vlm.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    ids = torch.full((len(rows), int(lengths.max())), vlm.config.text_config.pad_token_id, device=device)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, device=device)
-    image_embeds = None
-    if references:
-        image_embeds = torch.cat([encode_references(vlm, pixels) for pixels in references], dim=1).flatten(0, 1)
-    return PromptBatch(ids, lengths, _position_ids(vlm, ids, lengths, references, think_tokens), image_embeds)
+    longest = int(lengths.max())
+    ids = torch.full((len(rows), longest), pad_id, device=device)
+    places = torch.arange(longest, device=device)
+    real = places >= (longest - lengths)[:, None] if left else places < lengths[:, None]
+    ids[real] = torch.tensor([token for row in rows for token in row], device=device)
+    images = [image for row in references for image in row]
+    embeds = torch.cat(encode_references(vlm, images)) if images else None
+    return PromptBatch(ids, real, lengths, _position_ids(vlm, ids, real, images, think_tokens, left), embeds, left)
 
 
 def _position_ids(
-    vlm: Qwen2_5_VLForConditionalGeneration, ids_BP: Tensor, lengths_B: Tensor, references: tuple[Tensor, ...], think_tokens: int
+    vlm: Qwen2_5_VLForConditionalGeneration, ids_BP: Tensor, real_BP: Tensor, images: Sequence[Tensor], think_tokens: int, left: bool
 ) -> Tensor:
     """(3, B, P + T): temporal, row and column positions; think tokens continue as text after each row's own prompt."""
     B, P = ids_BP.shape
     steps = torch.arange(P + think_tokens, device=ids_BP.device)
-    if not references:
+    lengths_B = real_BP.sum(1)
+    if images:
+        grids = torch.tensor([[1, *image_grid(vlm, *pixels.shape[-2:])] for pixels in images], device=ids_BP.device)
+        kinds = (ids_BP == vlm.config.image_token_id).int()
+        prompt, _ = vlm.model.get_rope_index(ids_BP, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=real_BP.long())
+    elif left:
+        prompt = (real_BP.long().cumsum(1) - 1).masked_fill(~real_BP, 1).expand(3, B, P)
+    else:
         return steps.expand(3, B, -1)
-    grids = torch.tensor([[1, *image_grid(vlm, *pixels.shape[-2:])] for pixels in references] * B, device=ids_BP.device)
-    real = steps[:P] < lengths_B[:, None]
-    kinds = (ids_BP == vlm.config.image_token_id).int()
-    prompt, _ = vlm.model.get_rope_index(ids_BP, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=real.long())
-    nexts = prompt.masked_fill(~real, -1).amax(dim=(0, 2)) + 1
-    positions = torch.zeros(3, B, P + think_tokens, dtype=prompt.dtype, device=ids_BP.device)
-    positions[..., :P] = prompt
-    after = steps[None, :] - lengths_B[:, None]
+    nexts = prompt.masked_fill(~real_BP, -1).amax(dim=(0, 2)) + 1
+    positions = F.pad(prompt, (0, think_tokens))
+    after = steps[None, :] - (P if left else lengths_B[:, None])
     return torch.where(after >= 0, nexts[:, None] + after, positions)
 
 
@@ -146,12 +173,14 @@ def embed_prompts(vlm: Qwen2_5_VLForConditionalGeneration, batch: PromptBatch) -
     return embeds.masked_scatter(places, batch.image_embeds.to(embeds.dtype))
 
 
-def append_think_tokens(prompt_BPV: Tensor, think_BTV: Tensor, lengths_B: Tensor) -> Tensor:
+def append_think_tokens(prompt_BPV: Tensor, think_BTV: Tensor, batch: PromptBatch) -> Tensor:
     """(B, P + T, V): each row's think tokens stand right after its own last token; what follows is padding."""
+    if batch.left:
+        return torch.cat([prompt_BPV, think_BTV.to(prompt_BPV.dtype)], dim=1)
     B, T = think_BTV.shape[:2]
-    places = lengths_B[:, None] + torch.arange(T, device=lengths_B.device)
+    places = batch.lengths[:, None] + torch.arange(T, device=prompt_BPV.device)
     joined = F.pad(prompt_BPV, (0, 0, 0, T))
-    return joined.index_put((torch.arange(B, device=lengths_B.device)[:, None], places), think_BTV.to(joined.dtype))
+    return joined.index_put((torch.arange(B, device=prompt_BPV.device)[:, None], places), think_BTV.to(joined.dtype))
 
 
 def stacked_hidden_states(
@@ -172,19 +201,36 @@ def stacked_hidden_states(
     B, P = batch.ids.shape
     T = len(think_tokens)
     think = think_tokens.to(vlm.dtype).expand(B, -1, -1)
-    mask = torch.arange(P + T, device=batch.ids.device) < (batch.lengths + T)[:, None]
-    language_model = vlm.model.language_model
-    if train_vlm or T == 0:
-        with torch.set_grad_enabled(train_vlm and torch.is_grad_enabled()):
-            embeds = append_think_tokens(embed_prompts(vlm, batch), think, batch.lengths)
-            states = language_model(
-                inputs_embeds=embeds, position_ids=batch.position_ids, output_hidden_states=True, use_cache=False
+    steps = torch.arange(P + T, device=batch.ids.device)
+    mask = steps >= (P - batch.lengths)[:, None] if batch.left else steps < (batch.lengths + T)[:, None]
+    if train_vlm or T == 0 or batch.left:
+        with torch.set_grad_enabled((train_vlm or T > 0) and torch.is_grad_enabled()):
+            states = vlm.model.language_model(
+                inputs_embeds=append_think_tokens(embed_prompts(vlm, batch), think, batch),
+                position_ids=batch.position_ids,
+                attention_mask={"full_attention": _leaking_mask(mask, vlm.dtype)} if batch.left else None,
+                output_hidden_states=True,
+                use_cache=False,
             ).hidden_states
         return torch.cat([states[layer] for layer in layers], dim=-1), mask
+    states = _prompt_then_think(vlm, batch, think)
+    return torch.cat([states(layer) for layer in layers], dim=-1), mask
 
+
+def _leaking_mask(real_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, L, L) to add to scores, as the reference does: what is masked gets the lowest finite number, so that padding, which may see
+    nothing, sees everything alike. A boolean mask would give zeros there, and the published connector reads these positions."""
+    earlier = torch.ones(real_BL.shape[1], real_BL.shape[1], dtype=torch.bool, device=real_BL.device).tril()
+    hidden = ~(earlier & real_BL[:, None, :])[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+def _prompt_then_think(vlm: Qwen2_5_VLForConditionalGeneration, batch: PromptBatch, think_BTV: Tensor) -> Callable[[int], Tensor]:
+    """Hidden states (B, P + T, V) by layer: the prompt's without gradient, the think tokens' from the prompt's cache."""
+    P, T = batch.ids.shape[1], think_BTV.shape[1]
     cache = DynamicCache(config=vlm.config.text_config)
     with torch.no_grad():
-        prompt = language_model(
+        prompt = vlm.model.language_model(
             inputs_embeds=embed_prompts(vlm, batch),
             position_ids=batch.position_ids[..., :P],
             output_hidden_states=True,
@@ -192,20 +238,14 @@ def stacked_hidden_states(
             use_cache=True,
         ).hidden_states
     places = batch.lengths[:, None] + torch.arange(T, device=batch.ids.device)
-    visible = torch.cat(
-        [
-            (torch.arange(P, device=mask.device) < batch.lengths[:, None])[:, None, :].expand(-1, T, -1),
-            torch.ones(T, T, dtype=torch.bool, device=mask.device).tril().expand(B, -1, -1),
-        ],
-        dim=2,
-    )
-    after = language_model(
-        inputs_embeds=think,
+    earlier = torch.ones(T, T, dtype=torch.bool, device=batch.ids.device).tril().expand(len(batch.ids), -1, -1)
+    visible = torch.cat([batch.real[:, None, :].expand(-1, T, -1), earlier], dim=2)
+    after = vlm.model.language_model(
+        inputs_embeds=think_BTV,
         position_ids=batch.position_ids.gather(2, places.expand(3, -1, -1)),
         attention_mask={"full_attention": visible[:, None]},
         output_hidden_states=True,
         past_key_values=cache,
         use_cache=True,
     ).hidden_states
-    stacked = [append_think_tokens(prompt[layer], after[layer], batch.lengths) for layer in layers]
-    return torch.cat(stacked, dim=-1), mask
+    return lambda layer: append_think_tokens(prompt[layer], after[layer], batch)

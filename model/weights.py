@@ -4,6 +4,7 @@ vlm/ connector/ transformer/ vae/ tokenizer/ scheduler/ model_index.json; every 
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
-from model.config import ModelConfig
+from model.config import ModelConfig, ResolutionShift
 from model.connector import StackedChannelBridging
 from model.deepgen import DeepGen, build_connector
 from model.dit import DeepGenTransformer
@@ -32,7 +33,7 @@ CLASSES: dict[str, tuple[str, str]] = {
 }
 
 
-class WeightsMismatch(Exception):
+class WeightsMismatch(ValueError):
     """Stored tensors do not fit the model: which are missing, surplus or of another shape."""
 
 
@@ -45,7 +46,7 @@ def save_model(model: DeepGen, folder: Path) -> None:
     for name, part in parts.items():
         part.save_pretrained(folder / name, safe_serialization=True)
     model.tokenizer.save_pretrained(folder / "tokenizer")
-    FlowMatchEulerDiscreteScheduler(shift=model.timestep_shift).save_pretrained(folder / "scheduler")
+    scheduler_of(model).save_pretrained(folder / "scheduler")
     index = {name: list(place) for name, place in CLASSES.items()}
     vae = type(model.vae).__name__
     index["vae"] = ["diffusers" if vae == "AutoencoderKL" else "model.vae", vae]
@@ -66,45 +67,90 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> DeepGen:
     index = json.loads((folder / "model_index.json").read_text())
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     return DeepGen(
-        vlm=_load_vlm(folder / "vlm", dtype),
+        vlm=load_vlm(folder / "vlm", dtype),
         connector=_load_part(StackedChannelBridging, folder / "connector", dtype),
-        dit=_load_part(DeepGenTransformer, folder / "transformer", dtype),
-        vae=_load_part(VAE_CLASSES[index["vae"][1]], folder / "vae", dtype),
+        dit=load_dit(folder / "transformer", dtype),
+        vae=load_vae(folder / "vae", dtype),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         timestep_shift=scheduler["shift"],
         max_prompt_tokens=index["max_prompt_tokens"],
+        resolution_shift=resolution_shift_of(scheduler),
+    )
+
+
+def scheduler_of(model: DeepGen) -> FlowMatchEulerDiscreteScheduler:
+    """The model's shift in diffusers' terms."""
+    by_size = model.resolution_shift
+    if by_size is None:
+        return FlowMatchEulerDiscreteScheduler(shift=model.timestep_shift)
+    return FlowMatchEulerDiscreteScheduler(
+        shift=model.timestep_shift,
+        use_dynamic_shifting=True,
+        base_image_seq_len=by_size.base_tokens,
+        max_image_seq_len=by_size.max_tokens,
+        base_shift=by_size.base_shift,
+        max_shift=by_size.max_shift,
+    )
+
+
+def resolution_shift_of(scheduler: Mapping[str, Any]) -> ResolutionShift | None:
+    """The other way round, from a scheduler's config."""
+    if not scheduler.get("use_dynamic_shifting"):
+        return None
+    return ResolutionShift(
+        base_tokens=scheduler["base_image_seq_len"],
+        max_tokens=scheduler["max_image_seq_len"],
+        base_shift=scheduler["base_shift"],
+        max_shift=scheduler["max_shift"],
     )
 
 
 def load_foundation(folder: Path, config: ModelConfig) -> DeepGen:
     """The capable parts in `folder` (vlm, transformer, vae, tokenizer) with a fresh connector; seed torch before calling."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
     return DeepGen(
-        vlm=_load_vlm(folder / "vlm", torch.float32),
+        vlm=load_vlm(folder / "vlm", torch.float32),
         connector=build_connector(config),
-        dit=_load_part(DeepGenTransformer, folder / "transformer", torch.float32),
-        vae=_load_part(VAE_CLASSES[vae], folder / "vae", torch.float32),
+        dit=load_dit(folder / "transformer", torch.float32, reference_offset=config.dit.reference_offset),
+        vae=load_vae(folder / "vae", torch.float32),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         timestep_shift=config.timestep_shift,
         max_prompt_tokens=config.vlm.max_prompt_tokens,
+        resolution_shift=config.resolution_shift,
     )
 
 
-def _load_vlm(folder: Path, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+def load_vlm(folder: Path, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL from its published layout or ours."""
     model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
-    _refuse_mismatch(folder, info)
+    refuse_differences(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model
 
 
-def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    part, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    _refuse_mismatch(folder, info)
+def load_dit(folder: Path, dtype: torch.dtype, **settings: Any) -> DeepGenTransformer:
+    """The transformer of an SD3 or UniPic2 folder, or ours; `settings` replace those of its config."""
+    return _load_part(DeepGenTransformer, folder, dtype, **settings)
+
+
+def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL | LinearAutoencoder:
+    """The autoencoder that the folder's config names."""
+    return _load_part(VAE_CLASSES[json.loads((folder / "config.json").read_text())["_class_name"]], folder, dtype)
+
+
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
+    part, info = kind.from_pretrained(
+        folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
+    )
+    refuse_differences(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return part
 
 
-def _refuse_mismatch(folder: Path, info: dict[str, Any]) -> None:
-    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
+def refuse_differences(where: Path | str, missing: Iterable[Any], surplus: Iterable[Any], misshapen: Iterable[Any]) -> None:
+    """Raise WeightsMismatch, naming tensors, unless nothing differs."""
+    problems = {
+        kind: sorted(map(str, names)) for kind, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)) if names
+    }
     if problems:
-        raise WeightsMismatch(f"{folder}: its weights do not fit its config: {problems}. Publish or fetch the folder again.")
+        said = "; ".join(f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in problems.items())
+        raise WeightsMismatch(f"{where}: tensors do not fit the model. {said}. Publish or fetch the weights again.")

@@ -102,7 +102,7 @@ def fit_autoencoder(model: DeepGen, config: FoundationTraining) -> None:
 def standardise_vision(model: DeepGen, config: FoundationTraining) -> None:
     """Fold the mean and spread of the random vision tower's output into its last layer, so that image tokens are of unit scale."""
     images = [draw("train", seed_from("vision", config.seed), i, "image_edit").references[0] for i in range(400)]
-    tokens = encode_references(model.vlm, stack_pixels(images)).flatten(0, 1)
+    tokens = torch.cat(encode_references(model.vlm, list(stack_pixels(images))))
     last: Any = model.vlm.model.visual.merger.mlp[-1]
     mean, spread = tokens.mean(0), tokens.std(0) + 1e-6
     last.weight.div_(spread[:, None])
@@ -185,8 +185,8 @@ def answer_loss(model: DeepGen, kind: str, count: int, rng: np.random.Generator,
         before = encode(header + FOOTER, add_special_tokens=False)
         rows.append(before + encode(answer + "<|im_end|>", add_special_tokens=False))
         starts.append(len(before))
-    references = (stack_pixels(images),) if images else ()
-    batch = prepare_prompts(model.vlm, rows, references, 0)
+    references = [[image] for image in stack_pixels(images)] if images else [[]] * len(rows)
+    batch = prepare_prompts(model.vlm, rows, references, 0, pad_id=model.tokenizer.pad_token_id)
     states = model.vlm.model.language_model(inputs_embeds=embed_prompts(model.vlm, batch), position_ids=batch.position_ids, use_cache=False)
     places = torch.arange(batch.ids.shape[1])
     answers = (places >= torch.tensor(starts)[:, None]) & (places < batch.lengths[:, None])
@@ -202,7 +202,7 @@ def attribute_amplitude(model: DeepGen) -> list[float]:
     prompts = [f"a {color} {SHAPES[0]}" for color in COLORS]
     think = torch.randn(16, model.vlm.config.text_config.hidden_size, generator=generator("amplitude"))
     rows = [prompt_tokens(model.tokenizer, prompt, (), 64) for prompt in prompts]
-    batch = prepare_prompts(model.vlm, rows, (), len(think))
+    batch = prepare_prompts(model.vlm, rows, [[]] * len(rows), len(think), pad_id=model.tokenizer.pad_token_id)
     layers = tuple(model.connector.config.stacked_layers)
     states, _ = stacked_hidden_states(model.vlm, batch, think, layers, train_vlm=False)
     last = states[torch.arange(len(rows)), batch.lengths + len(think) - 1].unflatten(-1, (len(layers), -1))
@@ -273,7 +273,7 @@ def foundation_loss(
     target = encode_images(model.vae, stack_pixels([sample.target for sample in samples]))
     references = tuple(encode_images(model.vae, pixels) for pixels in reference_pixels(samples))
     noise = sample_noise(target, seed, "foundation", positions)
-    sigmas = sigmas_at(quantiles(seed, "foundation", positions), "logit_normal", model.timestep_shift)
+    sigmas = sigmas_at(quantiles(seed, "foundation", positions), "logit_normal", model.shift_for(target.shape[-2:]))
     velocity = model.predict_velocity(interpolate(target, noise, sigmas), sigmas, encoder(*word_ids(model, prompts)), references)
     return flow_matching_loss(velocity, velocity_target(target, noise)).mean()
 
@@ -292,7 +292,8 @@ def evaluate_foundation(model: DeepGen, encoder: PlainTextEncoder, count: int) -
             noise = initial_noise(
                 (model.vae.config.latent_channels, 4, 4), [seed_from("foundation evaluation", i) for i in range(len(batch))]
             )
-            latents = sample_euler(lambda x, s: model.predict_velocity(x, s, condition, references), noise, 12, model.timestep_shift)  # noqa: B023
+            shift = model.shift_for(noise.shape[-2:])
+            latents = sample_euler(lambda x, s: model.predict_velocity(x, s, condition, references), noise, 12, shift)  # noqa: B023
             for sample, image in zip(batch, to_uint8(decode_latents(model.vae, latents)).numpy(), strict=True):
                 kinds.setdefault(sample.kind, []).append(verify(sample.scene, image, task).strict)
         every = [strict for values in kinds.values() for strict in values]

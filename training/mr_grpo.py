@@ -136,7 +136,7 @@ def rollout(model: DeepGen, batch: Batch, config: MRGRPOConfig, step: int) -> Ro
     def noise() -> Tensor:
         return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(model.device)
 
-    sigmas = sampling_sigmas(config.rollout_steps, model.timestep_shift).to(model.device)
+    sigmas = sampling_sigmas(config.rollout_steps, model.shift_for(shape[1:])).to(model.device)
     latents = noise()
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for index in range(config.rollout_steps):
@@ -169,7 +169,7 @@ def update(
 
     Accumulated over stochastic steps and micro-batches, equal to the whole batch at once.
     """
-    sigmas = sampling_sigmas(config.rollout_steps, model.timestep_shift).to(model.device)
+    sigmas = sampling_sigmas(config.rollout_steps, model.shift_for(rolled.latents[0].shape[-2:])).to(model.device)
     advantage = advantage.to(model.device)
     count = len(rolled.images)
     share = (1 - config.sft_weight) / (count * config.stochastic_steps)
@@ -221,7 +221,7 @@ def auxiliary_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, confi
     positions = [step * len(batch.prompts) + i for i in range(len(batch.prompts))]
     target = encode_images(model.vae, to_pixels(torch.from_numpy(batch.target_images).to(model.device)))
     noise = sample_noise(target, config.seed, STAGE, positions)
-    sigmas = sigmas_at(quantiles(config.seed, STAGE, positions), "uniform", model.timestep_shift).to(model.device)
+    sigmas = sigmas_at(quantiles(config.seed, STAGE, positions), "uniform", model.shift_for(target.shape[-2:])).to(model.device)
     with torch.no_grad():
         condition = model.encode_condition(batch.prompts)
     velocity = wrapped(interpolate(target, noise, sigmas), sigmas, condition=condition)

@@ -77,7 +77,7 @@ def held_out_loss(run: StageRun, model: DeepGen) -> dict[str, float]:
             target = encode_images(model.vae, stack_pixels([sample.target for sample in batch], model.device))
             references = reference_pixels(batch, model.device)
             noise = sample_noise(target, 0, "held_out", positions)
-            sigmas = sigmas_at(quantiles(0, "held_out", positions), "uniform", model.timestep_shift).to(model.device)
+            sigmas = sigmas_at(quantiles(0, "held_out", positions), "uniform", model.shift_for(target.shape[-2:])).to(model.device)
             reference_latents = tuple(encode_images(model.vae, pixels) for pixels in references)
             velocity = model(
                 interpolate(target, noise, sigmas),

@@ -13,9 +13,9 @@ def generator(*purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_from(*purpose))
 
 
-def sample_noise(like: Tensor, seed: int, stage: str, positions: list[int]) -> Tensor:
+def sample_noise(like: Tensor, seed: int, stage: str, positions: list[int], purpose: str = "noise") -> Tensor:
     """Noise of the shape of `like` (B, ...): row i belongs to the sample at global position `positions[i]`, on whatever rank."""
-    rows = [torch.randn(like.shape[1:], generator=generator("noise", seed, stage, position)) for position in positions]
+    rows = [torch.randn(like.shape[1:], generator=generator(purpose, seed, stage, position)) for position in positions]
     return torch.stack(rows).to(like)
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from data.loader import Batch, Loader
-from model.deepgen import DeepGen
+from model.config import ModelConfig
+from model.deepgen import DeepGen, References, rows_of, stacked
 from model.flow import interpolate, sigmas_at, velocity_target
+from model.generate import encode_references, latent_shape
+from model.lora import merge_lora
+from model.parts import parameter_report
 from model.vae import encode_images, to_pixels
-from model.weights import load_foundation, load_model
+from model.weights import WeightsMismatch, load_foundation, load_model
 from runtime.exits import Interrupted
 from runtime.files import read_json
 from runtime.progress import Progress
@@ -25,7 +31,7 @@ from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
 from training.publish import publish_stage, remember_start
 from training.randomness import coin_flips, generator, quantiles, sample_noise
-from training.stages import PARENT, freeze_for, merge_lora, parameter_report
+from training.stages import PARENT, freeze_for
 from training.tracking import Tracker, track
 
 
@@ -40,7 +46,7 @@ def run_supervised(run: StageRun, stage: str) -> None:
         model = load_parent(run, stage)
         remember_start(run, model)
         trained = freeze_for(model, stage, getattr(run.params, stage).lora)
-        for row in parameter_report(model):
+        for row in parameter_report(model.named_parameters()):
             print("  {part:<13} trained {trained:>12,}  frozen {frozen:>12,}  {dtype}".format(**row), flush=True)
         state = train(run, stage, accelerator, model, trained, tracker)
         if state.ema is not None:
@@ -57,8 +63,29 @@ def load_parent(run: StageRun, stage: str) -> DeepGen:
     torch.manual_seed(generator("weights and dropout", getattr(run.params, stage).seed, stage).initial_seed())
     folder = run.root / "outputs" / PARENT[stage]
     if PARENT[stage] != "foundation":
-        return load_model(folder / "model")
+        model = load_model(folder / "model")
+        refuse_other_settings(model, run.params.model, folder)
+        return model
     return load_foundation(folder / "model", run.params.model)
+
+
+def refuse_other_settings(model: DeepGen, config: ModelConfig, folder: Path) -> None:
+    """Weights trained with one padding, position layout or choice of layers are not for another.
+
+    Raises:
+        WeightsMismatch: naming the keys of params.yaml and both values.
+    """
+    stored, dit = model.connector.config, model.dit.config
+    pairs = {
+        "model.connector.padding": (stored.padding, config.connector.padding),
+        "model.connector.projector": (stored.projector, config.connector.projector),
+        "model.vlm.stacked_layers": (tuple(stored.stacked_layers), config.vlm.stacked_layers),
+        "model.dit.reference_offset": (dit.reference_offset, config.dit.reference_offset),
+        "model.resolution_shift": (model.resolution_shift, config.resolution_shift),
+    }
+    wrong = [f"{key}: {wanted} in params.yaml, {held} in the weights" for key, (held, wanted) in pairs.items() if held != wanted]
+    if wrong:
+        raise WeightsMismatch(f"{folder}: " + "; ".join(wrong) + ". Set params.yaml back, or train again from the foundation.")
 
 
 def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, trained: dict[str, Any], tracker: Tracker) -> TrainState:
@@ -134,20 +161,29 @@ def agreed(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
 
 
+def without(references: tuple[Tensor, ...], dropped: Sequence[bool]) -> References:
+    """The references of rows that keep them: the batch as it is where all do."""
+    if not any(dropped):
+        return references
+    return stacked([[] if drop else row for drop, row in zip(dropped, rows_of(references, len(dropped)), strict=True)])
+
+
 def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: SupervisedConfig, stage: str) -> Tensor:
     """(B,) flow-matching loss of a batch. Every draw belongs to a sample's position in the stream, not to a rank or batch."""
     positions = list(batch.positions)
-    target = encode_images(model.vae, to_pixels(torch.from_numpy(batch.target_images).to(model.device)))
+    pixels = to_pixels(torch.from_numpy(batch.target_images).to(model.device))
+    shape = latent_shape(model, pixels.shape[-2:])
+    target = encode_images(
+        model.vae, pixels, sample_noise(pixels.new_empty(len(pixels), *shape), config.seed, stage, positions, "posterior")
+    )
     references = tuple(to_pixels(torch.from_numpy(images).to(model.device)) for images in batch.reference_images)
     noise = sample_noise(target, config.seed, stage, positions)
-    sigmas = sigmas_at(quantiles(config.seed, stage, positions), config.timestep_sampling, model.timestep_shift).to(model.device)
+    shift = model.shift_for(target.shape[-2:])
+    sigmas = sigmas_at(quantiles(config.seed, stage, positions), config.timestep_sampling, shift).to(model.device)
     empty = coin_flips(config.text_dropout, "text_dropout", config.seed, stage, positions)
     prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, empty, strict=True)]
-    velocity = wrapped(
-        interpolate(target, noise, sigmas),
-        sigmas,
-        tuple(encode_images(model.vae, pixels) for pixels in references),
-        prompts=prompts,
-        reference_images=references,
-    )
+    blind = coin_flips(config.reference_dropout, "reference_dropout", config.seed, stage, positions) if references else []
+    images = without(references, blind)
+    reference_latents = encode_references(model, images)
+    velocity = wrapped(interpolate(target, noise, sigmas), sigmas, reference_latents, prompts=prompts, reference_images=images)
     return flow_matching_loss(velocity, velocity_target(target, noise))

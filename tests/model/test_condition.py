@@ -74,3 +74,34 @@ def test_of_a_long_prompt_the_middle_is_left_out_with_a_warning(model: DeepGen, 
     assert len(whole) - len(cut) == 70
     assert "the middle 70 are left out" in caplog.text
     assert model.tokenizer.decode(cut).count("red") == model.tokenizer.decode(cut).count("green") == 5
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("connector", {"num_think_tokens": 0}), ("vlm", {"stacked_layers": (6,)}), ("connector", {"projector": "mlp"})],
+)
+def test_variants_of_the_paper_are_settings(part: str, change: dict):
+    config = tiny_config()
+    variant = config.model_copy(update={part: getattr(config, part).model_copy(update=change)})
+    made = build_deepgen(variant, build_tokenizer(WORDS, 128)).eval()
+    torch.nn.init.normal_(made.connector.projector_3.weight)
+    condition = made.encode_condition(PROMPTS)
+    assert condition.prompt_embeds.shape[:2] == (3, int(condition.prompt_lengths.max()))
+    assert condition.prompt_embeds.abs().sum() > 0
+
+
+def test_with_the_released_padding_a_condition_depends_on_its_batch_and_with_ours_it_does_not(model: DeepGen):
+    for padding in ("masked", "reference"):
+        model.connector.register_to_config(padding=padding)
+        together = model.encode_condition(PROMPTS).pooled_prompt_embeds[2]
+        alone = model.encode_condition(PROMPTS[2:]).pooled_prompt_embeds[0]
+        assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5) is (padding == "masked")
+
+
+def test_rows_with_their_own_references_are_read_as_each_alone(model: DeepGen, references):
+    images = [[], [references[0][0]], [references[0][1], references[0][2][:, :32, :32]]]
+    together = model.encode_condition(PROMPTS, images)
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.encode_condition([prompt], [images[row]])
+        length = int(alone.prompt_lengths[0])
+        torch.testing.assert_close(together.prompt_embeds[row, :length], alone.prompt_embeds[0], rtol=1e-5, atol=1e-5)

@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from model.deepgen import DeepGen
 from model.generate import generate
+from model.lora import merge_lora
 from model.pipeline import DeepGenPipeline
 from model.vae import LinearAutoencoder, decode_latents, encode_images
 from model.weights import WeightsMismatch, load_model, save_model
 from runtime.files import sha256_path, tensors_digest
 from training.config import LoRAConfig
-from training.stages import freeze_for, merge_lora
+from training.stages import freeze_for
 
 
 def test_saved_and_loaded_weights_give_the_same_image(model: DeepGen, tmp_path: Path, references):

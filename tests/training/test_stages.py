@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 
+from model.parts import TRAINED, parameter_report
+from model.weights import WeightsMismatch
 from training.config import LoRAConfig, OptimizerConfig
 from training.optim import EMA, build_optimizer, learning_rate_factor
 from training.randomness import quantiles, sample_noise
-from training.stages import TRAINED, freeze_for, parameter_report
+from training.stages import freeze_for
+from training.supervised import refuse_other_settings, without
 
-from ..model.conftest import model  # noqa: F401
+from ..model.conftest import model, tiny_config  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -23,7 +26,7 @@ def test_the_table_decides_what_trains(model, stage: str, prefixes: tuple[str, .
     assert set(trained) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(name.startswith("vlm.") and ".lora_" not in name for name in trained)
     assert not any("visual" in name for name in trained)
-    rows = {row["part"]: row for row in parameter_report(model)}
+    rows = {row["part"]: row for row in parameter_report(model.named_parameters())}
     assert {part for part, row in rows.items() if row["trained"]} == set(TRAINED[stage])
 
 
@@ -73,3 +76,28 @@ def test_quantiles_of_neighbours_cover_the_interval():
     values = quantiles(3, "sft", list(range(1000, 1064)))
     counts = torch.histc(values, bins=8, min=0, max=1)
     assert counts.min() >= 7 and counts.max() <= 9
+
+
+def test_dropped_references_are_gone_for_their_rows_alone():
+    references = (torch.randn(3, 3, 32, 32), torch.randn(3, 3, 32, 64))
+    assert without(references, [False] * 3) is references
+    kept = without(references, [False, True, False])
+    assert [len(row) for row in kept] == [2, 0, 2]
+    assert torch.equal(kept[2][1], references[1][2])
+    assert without(references, [True] * 3) == ()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "key"),
+    [
+        ("connector", {"padding": "reference"}, "model.connector.padding: reference in params.yaml, masked in the weights"),
+        ("vlm", {"stacked_layers": (5, 4, 3, 2, 1, 0)}, r"model.vlm.stacked_layers: \(5, 4"),
+        ("dit", {"reference_offset": True}, "model.dit.reference_offset: True in params.yaml, False in the weights"),
+    ],
+)
+def test_weights_of_another_setting_are_refused_by_key(model, tmp_path, part: str, change: dict, key: str):  # noqa: F811
+    config = tiny_config()
+    refuse_other_settings(model, config, tmp_path)
+    other = config.model_copy(update={part: getattr(config, part).model_copy(update=change)})
+    with pytest.raises(WeightsMismatch, match=key):
+        refuse_other_settings(model, other, tmp_path)
