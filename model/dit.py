@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from model.config import DiTConfig
 from model.joint_block import Batched, JointBlock, Layout, Packed
 
+FEW_TOKENS = 256  # a call on fewer image tokens costs a CPU more in overhead than packing does
+
 
 class DeepGenTransformer(SD3Transformer2DModel):
     """SD3Transformer2DModel, with its weights and their names, that also reads reference latents and a prompt mask.
@@ -114,18 +116,22 @@ class DeepGenTransformer(SD3Transformer2DModel):
     ) -> list[Tensor]:
         """Velocities (C, H, W) of targets of any sizes with any references.
 
-        Rows of the same image shapes and prompt length run as one batch. Where a GPU would be left with several such groups, all rows run
-        packed end to end instead; no mask of N x N is ever made.
+        Rows of the same image shapes and prompt length run as one batch. Where that leaves several groups, all rows run packed end to end
+        on a GPU, and on a CPU where the groups are small; no mask of N x N is ever made.
 
         Args:
             latents: B targets (C, H, W). reference_latents: B lists of (C, h, w), empty where a row has none.
             prompt_lengths: real tokens of each row of prompt_embeds_BMD.
-            packed: None chooses by the device.
+            packed: None chooses.
         """
         groups = defaultdict(list)
         for row, (target, references) in enumerate(zip(latents, reference_latents, strict=True)):
             groups[tuple(t.shape[-2:] for t in (target, *references)), prompt_lengths[row]].append(row)
-        if packed or (packed is None and len(groups) > 1 and prompt_embeds_BMD.is_cuda):
+        if packed is None:
+            tokens = sum(t.shape[-2] * t.shape[-1] for row, target in enumerate(latents) for t in (target, *reference_latents[row]))
+            small = tokens // self.config.patch_size**2 < FEW_TOKENS * len(groups)
+            packed = len(groups) > 1 and (prompt_embeds_BMD.is_cuda or small)
+        if packed:
             return self._forward_packed(latents, prompt_embeds_BMD, pooled_prompt_embeds_BD, timesteps_B, reference_latents, prompt_lengths)
         velocities: dict[int, Tensor] = {}
         for (shapes, length), rows in groups.items():
@@ -186,7 +192,7 @@ class DeepGenTransformer(SD3Transformer2DModel):
 
     def read_out(self, image: Tensor, temb_BD: Tensor, layout: Layout) -> Tensor:
         """Image tokens -> patches of velocity (B, N, patch_size^2 C)."""
-        scale, shift = map(layout.over_image, self.norm_out.linear(nn.functional.silu(temb_BD).to(image.dtype)).chunk(2, 1))
+        scale, shift = layout.over_image(self.norm_out.linear(nn.functional.silu(temb_BD).to(image.dtype))).chunk(2, -1)
         return self.proj_out(self.norm_out.norm(image) * (1 + scale) + shift)
 
     def unpatchify(self, patches_BNP: Tensor, height: int, width: int) -> Tensor:

@@ -66,10 +66,10 @@ class Packed:
         return Packed(image_rows, prompt_rows, _same_row(torch.cat([image_rows, prompt_rows])), _same_row(image_rows))
 
     def over_image(self, modulation_BD: Tensor) -> Tensor:
-        return modulation_BD[self.image_rows][None]
+        return F.embedding(self.image_rows, modulation_BD)[None]  # the backward pass of plain indexing is many times slower
 
     def over_prompt(self, modulation_BD: Tensor) -> Tensor:
-        return modulation_BD[self.prompt_rows][None]
+        return F.embedding(self.prompt_rows, modulation_BD)[None]
 
     def attend_jointly(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.joint is None:
@@ -91,9 +91,10 @@ def _same_row(owners: Tensor) -> BlockMask:
 
 def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, owners: Tensor) -> Tensor:
     order = torch.argsort(owners, stable=True)
-    parts = torch.split(order, torch.bincount(owners).tolist())
-    made = torch.cat([F.scaled_dot_product_attention(query[:, :, p], key[:, :, p], value[:, :, p]) for p in parts], dim=2)
-    return made[:, :, torch.argsort(order)]
+    lengths = torch.bincount(owners).tolist()
+    rows = zip(*(t.index_select(2, order).split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    made = torch.cat([F.scaled_dot_product_attention(*row) for row in rows], dim=2)
+    return made.index_select(2, torch.argsort(order))
 
 
 @cache
