@@ -51,7 +51,10 @@ class DvcCommand:
         return json.loads(self._run("status", "--json", name) or "{}").get(name, [])
 
     def is_clean(self, name: str) -> bool:
-        """Whether a stage may be skipped. The first calls share one status of all stages, so that a run with nothing to do is quick."""
+        """Whether a stage may be skipped. DVC starts slowly, so it is not asked about a stage that was never recorded, and the first calls
+        share one status of all stages."""
+        if name not in self.recorded():
+            return False
         if self._survey is None:
             return not self.changes(name)
         if time.monotonic() - self._survey[0] > SURVEY_SECONDS:
