@@ -48,7 +48,7 @@ run: setup  ## data, three training stages, evaluation, export, registry; what i
 	@.venv/bin/deepgen run
 
 test: setup  ## every test, the smoke pipeline included; lists what was skipped and why
-	@.venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+	@.venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: setup  ## format, lint, types, fast tests
 	@.venv/bin/ruff check .

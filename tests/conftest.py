@@ -34,6 +34,11 @@ def skipped_reports(config: pytest.Config) -> list[pytest.TestReport]:
     return [] if reporter is None else reporter.stats.get("skipped", [])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, or it runs alone at the end while the other worker has nothing left."""
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A skip that allowed_skips.txt does not name makes the run fail."""
