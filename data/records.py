@@ -92,8 +92,8 @@ class Refused:
 class Record:
     """One sample of a source, as found: target and references are encoded image bytes.
 
-    texts: further fields of the record (reasoning, render_text, negative_prompt); scores: columns such as aesthetic, nsfw, clip; origin: url,
-    attribution, path; scene: the drawn world's own description, for the verifier, None elsewhere.
+    texts: further fields of the record (reasoning, render_text, negative_prompt); scores: columns such as aesthetic, nsfw, clip; origin:
+    url, attribution, path; scene: the drawn world's own description, for the verifier, None elsewhere.
     """
 
     source_id: str
