@@ -1,7 +1,9 @@
-"""python -m data shards PART | mixture STAGE | inspect PART --out grid.png | verify PART"""
+"""python -m data shards PART | mixture STAGE | inspect PART | verify PART | diff A B | quarantine list|redrive PART | pin PART | catalog | plan"""
 
 import argparse
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 from runtime import exits
@@ -13,15 +15,25 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("shards", help="build the shards of a part").add_argument("part")
     verbs.add_parser("mixture", help="resolve what a stage reads").add_argument("stage")
-    verbs.add_parser("verify", help="check a published part against its manifest, byte for byte").add_argument("part")
-    inspect = verbs.add_parser("inspect", help="draw a sheet of a part's samples")
+    verify = verbs.add_parser("verify", help="check a published part against its manifest, byte for byte, and decode its samples")
+    verify.add_argument("part")
+    verify.add_argument("--sample", type=int, default=0, help="decode this many samples, drawn by a fixed seed; 0 for all")
+    inspect = verbs.add_parser("inspect", help="draw a sheet of a part's samples, and its sizes, prompt lengths and reasons")
     inspect.add_argument("part")
     inspect.add_argument("--out", type=Path, default=Path("samples.png"))
     inspect.add_argument("--count", type=int, default=24)
+    diff = verbs.add_parser("diff", help="what changed between two versions of a part")
+    diff.add_argument("a", help="a part, or a folder that holds one")
+    diff.add_argument("b")
+    quarantine = verbs.add_parser("quarantine", help="records that were not written, and another try at them")
+    quarantine.add_argument("action", choices=["list", "redrive"])
+    quarantine.add_argument("part")
+    quarantine.add_argument("--reason")
+    verbs.add_parser("pin", help="the content digest of a part's source, for params.yaml").add_argument("part")
     arguments = parser.parse_args()
     set_environment()
 
-    from runtime.stage import find_root, open_stage
+    from runtime.stage import open_stage
 
     if arguments.verb in ("shards", "mixture"):
         from data.stages import run_mixture, run_shards
@@ -31,21 +43,102 @@ def main() -> None:
             (run_shards if arguments.verb == "shards" else run_mixture)(run)
         return
 
-    from data.loader import read_part
-    from data.shards import ShardMismatch, verify_part
-    from data.stages import save_samples
+    from data.images import BadImage
+    from data.shards import ShardMismatch
 
-    folder = find_root() / "outputs" / "shards" / arguments.part
     try:
-        manifest = verify_part(folder)
-    except ShardMismatch as error:
+        {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin}[arguments.verb](arguments)
+    except (ShardMismatch, BadImage, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(exits.FAILED)
-    if arguments.verb == "verify":
-        print(f"{arguments.part}: {manifest['samples']} samples in {len(manifest['shards'])} shards, every byte as its manifest says")
-    else:
-        save_samples(list(read_part(folder, arguments.count)), arguments.out)
-        print(f"{arguments.out}: {min(arguments.count, manifest['samples'])} of {manifest['samples']} samples of {arguments.part}")
+
+
+def _folder(part: str) -> Path:
+    """A folder that holds a part, or the published part of that name."""
+    from runtime.stage import find_root
+
+    return Path(part) if (Path(part) / "manifest.json").is_file() else find_root() / "outputs" / "shards" / part
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from data.loader import Part
+    from data.shards import verify_part
+    from runtime.progress import Progress
+
+    folder = _folder(arguments.part)
+    manifest = verify_part(folder)
+    part = Part(folder)
+    rows = list(range(len(part)))
+    if arguments.sample:
+        rows = sorted(random.Random(0).sample(rows, min(arguments.sample, len(rows))))
+    with Progress(len(rows), "sample", f"verify {arguments.part}") as progress:
+        for row in rows:
+            part[row]
+            progress.update(1)
+    shards = len(manifest["shards"])
+    print(f"{arguments.part}: {shards} shards with every byte as the manifest says; {len(rows)} of {len(part)} samples decoded whole")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from data.loader import read_part
+    from data.pictures import save_facts, save_samples
+    from data.shards import verify_part
+
+    folder = _folder(arguments.part)
+    manifest = verify_part(folder)
+    facts = arguments.out.with_name(f"{arguments.out.stem}_facts.png")
+    save_facts(folder, facts)
+    save_samples(list(read_part(folder, arguments.count)), arguments.out)
+    print(f"{arguments.out}: {min(arguments.count, manifest['samples'])} of {manifest['samples']} samples of {arguments.part}")
+    print(f"{facts}: sizes, prompt lengths and how its {manifest['counts']['input']} records ended")
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from data.versions import compare
+
+    found = compare(_folder(arguments.a), _folder(arguments.b))
+    if found.same:
+        print("the same data set, byte for byte")
+    for name, (a, b) in found.counts.items():
+        print(f"{name:20} {a:>10,} {b:>10,} {b - a:>+10,}")
+    for word, names in (("added", found.added), ("removed", found.removed), ("changed", found.changed)):
+        print(f"{word}: {len(names)}{''.join(f'{chr(10)}  {name}' for name in names[:20])}")
+
+
+def _quarantine(arguments: argparse.Namespace) -> None:
+    from data.quarantine import redrive, set_aside
+    from runtime.params import load_params
+    from runtime.stage import find_root
+
+    rows = set_aside(_folder(arguments.part), arguments.reason)
+    if arguments.action == "list":
+        for row in rows:
+            print(f"{row['ending']:13} {row['reason']:19} {row['source_id']}: {row['message']}")
+        print(f"{arguments.part}: {len(rows)} set aside; " + ", ".join(f"{k} {n}" for k, n in Counter(r["reason"] for r in rows).most_common()))
+        return
+    if arguments.reason is None:
+        raise ValueError("--reason: none given; `python -m data quarantine list PART` shows those there are")
+    root = find_root()
+    passed = 0
+    for source_id, refused in redrive(
+        arguments.part, load_params(root / "params.yaml").data, _folder(arguments.part), root, arguments.reason
+    ):
+        passed += refused is None
+        print(f"{source_id}: {'would be written now' if refused is None else f'{refused.reason}: {refused.message}'}")
+    print(f"{passed} of {len(rows)} would be written now", end="")
+    print(f"; `python -m data pin {arguments.part}`, then `deepgen run`, builds the part with them" if passed else "")
+
+
+def _pin(arguments: argparse.Namespace) -> None:
+    from data.pinning import content_digest
+    from runtime.params import load_params
+    from runtime.stage import find_root
+
+    root = find_root()
+    part = load_params(root / "params.yaml").data.parts[arguments.part]
+    digest = content_digest(part, root)
+    state = "as params.yaml says" if digest == part.content else f"params.yaml says {part.content}"
+    print(f"data.parts.{arguments.part}.content: {digest}  ({state})")
 
 
 if __name__ == "__main__":

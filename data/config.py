@@ -15,6 +15,23 @@ KINDS = {"single": 0.1, "position": 0.2, "relation": 0.3, "count": 0.2, "two": 0
 EDITS = {"recolor": 0.3, "remove": 0.25, "add": 0.25, "move": 0.2}
 
 
+Deduplicate = Literal["none", "exact", "near"]
+EvaluationLeak = Literal["fail", "remove", "allow"]
+
+
+class TextRules(Settings):
+    """What a prompt must be."""
+
+    max_characters: PositiveInt = 4000
+    boilerplate: tuple[str, ...] = Field(
+        ("image", "photo", "picture", "an image", "a photo", "untitled", "no caption", "n/a", "none", "null", "stock photo"),
+        description="prompts that say nothing, folded to lower case without a full stop",
+    )
+    scripts: tuple[str, ...] | None = Field(
+        None, description="first words of Unicode names (latin, cjk, ...) that most letters must be of; null for any"
+    )
+
+
 class PartConfig(Settings):
     """One catalogue part: where its samples come from and what they may be used for. A large source is declared in parts."""
 
@@ -28,6 +45,13 @@ class PartConfig(Settings):
         description="SPDX name; a part of unknown licence is refused"
     )
     kinds: dict[str, PositiveFloat] | None = Field(None, description="share of each kind of drawn scene; null for the world's own")
+    content: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of what `path` holds, from `python -m data pin PART`")
+    min_scores: dict[str, float] = Field({}, description="score column -> least value; a record without it is dropped")
+    max_scores: dict[str, float] = Field({}, description="score column -> greatest value; a record without it is dropped")
+    deduplicate: Deduplicate | None = Field(None, description="within the part; null: none if drawn, else near")
+    evaluation_leak: EvaluationLeak | None = Field(
+        None, description="what a mixture does with training samples that are in an evaluation set; null: allow if drawn, else fail"
+    )
 
     @model_validator(mode="after")
     def _kinds_can_be_drawn(self) -> Self:
@@ -38,13 +62,31 @@ class PartConfig(Settings):
         return self
 
 
+class PreparationRules(Settings):
+    """What a record is judged by before it is written; equal rules give equal bytes."""
+
+    image_size: int
+    images: ImageRules
+    texts: TextRules
+
+
 class DataConfig(Settings):
     """Image size and shards of every part."""
 
-    image_size: int = Field(ge=32, multiple_of=32, description="pixels a side")
+    image_size: int = Field(ge=32, multiple_of=32, description="pixels a side of a square image; others have about this area")
     shard_samples: PositiveInt = Field(description="samples a tar")
     store: str | None = Field(None, description="fsspec URL where tars live; null keeps them beside their manifest")
+    images: ImageRules = ImageRules()
+    texts: TextRules = TextRules()
+    evaluation_prompts: tuple[str, ...] = Field(
+        (), description="prompt files that no training sample may repeat, beside the parts whose split is evaluation"
+    )
+    near_distance: int = Field(2, ge=0, le=8, description="bits of 64 that the hashes of near duplicates may differ by")
     parts: dict[PartName, PartConfig] = Field(min_length=1)
+
+    @property
+    def rules(self) -> PreparationRules:
+        return PreparationRules(image_size=self.image_size, images=self.images, texts=self.texts)
 
     @model_validator(mode="after")
     def _drawn_images_have_one_size(self) -> Self:

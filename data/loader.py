@@ -1,9 +1,11 @@
 """Shards to batches. Position in the stream is one number, so that a stopped run goes on exactly, with any number of ranks."""
 
-import io
+import json
 import os
-import tarfile
+import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from data.images import decode_image
 from data.mixture import TaskStream, cycle
-from data.records import decode_image
 from data.shards import ShardMismatch, check_file
 from runtime.files import read_json
+
+AHEAD = 2  # batches a worker makes ahead
 
 
 class OtherData(Exception):
@@ -61,6 +65,7 @@ class Part:
         self.folder = folder
         self.manifest = read_json(folder / "manifest.json")
         self.handles: dict[int, int] = {}
+        self.opening = threading.Lock()
         for shard in self.manifest["shards"]:
             path = folder / shard["name"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -69,7 +74,7 @@ class Part:
                     f"{path}: {found}, its manifest says {shard['bytes']} bytes. Rebuild it with `dvc repro -f shards@{folder.name}`, "
                     "or `deepgen run`."
                 )
-        check_file(folder / "index.npy", self.manifest["index_sha256"])
+        check_file(folder / "index.npy", self.manifest["files"]["index.npy"])
 
     @cached_property
     def index(self) -> np.ndarray:
@@ -80,10 +85,11 @@ class Part:
 
     def __getitem__(self, row: int) -> Sample:
         shard, offset, size = (int(value) for value in self.index[row])
-        if shard not in self.handles:
-            entry = self.manifest["shards"][shard]
-            check_file(self.folder / entry["name"], entry["sha256"])
-            self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
+        with self.opening:
+            if shard not in self.handles:
+                entry = self.manifest["shards"][shard]
+                check_file(self.folder / entry["name"], entry["sha256"])
+                self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
         return parse_sample(os.pread(self.handles[shard], size, offset), f"{self.folder.name} row {row}")
 
     def close(self) -> None:
@@ -93,28 +99,46 @@ class Part:
 
 
 def parse_sample(content: bytes, name: str) -> Sample:
-    """The tar members of one sample -> Sample; nothing but json and images is looked at."""
-    import json
+    """The tar members of one sample -> Sample; nothing but json and images is looked at.
 
-    members: dict[str, bytes] = {}
-    key = ""
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        for info in archive:
-            handle = archive.extractfile(info) if info.isreg() else None
-            if handle is not None:
-                key, _, extension = info.name.partition(".")
-                members[extension] = handle.read()
-    facts = json.loads(members["json"])
-    references = sorted(extension for extension in members if extension.startswith("src."))
+    Raises:
+        ShardMismatch: naming `name`, where the bytes are no run of plain files.
+        BadImage: an image is not whole.
+    """
+    members = split_members(content, name)
+    key = next(iter(members)).partition(".")[0]
+    facts = json.loads(members.pop(f"{key}.json"))
+    images = {}
+    for member, image in members.items():
+        role, _, _ = member.removeprefix(f"{key}.").rpartition(".")
+        images[role] = decode_image(image, f"{name} {member}")
+    target = images.pop("tgt")
     return Sample(
         key=key,
         task=facts["task"],
         kind=facts["kind"],
         prompt=facts["prompt"],
-        target=decode_image(members["tgt.png"], f"{name} target"),
-        references=tuple(decode_image(members[extension], f"{name} {extension}") for extension in references),
+        target=target,
+        references=tuple(images[f"src.{i}"] for i in range(len(images))),
         scene=facts["scene"] or {},
     )
+
+
+BLOCK = 512
+
+
+def split_members(content: bytes, name: str) -> dict[str, memoryview]:
+    """Member name -> bytes of a run of USTAR entries, without a copy: tarfile takes longer over headers than libjpeg over a small image."""
+    members: dict[str, memoryview] = {}
+    view, place = memoryview(content), 0
+    while place < len(content):
+        header = content[place : place + BLOCK]
+        if header[257:263] != b"ustar\0" or header[156:157] != b"0":
+            raise ShardMismatch(f"{name}: no plain file's USTAR header at byte {place} of its run; rebuild the part, with `dvc repro -f`.")
+        size = int(header[124:135], 8)
+        members[header[:100].rstrip(b"\0").decode("ascii")] = view[place + BLOCK : place + BLOCK + size]
+        place += BLOCK + -(-size // BLOCK) * BLOCK
+    return members
 
 
 def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
@@ -130,22 +154,34 @@ def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
 class Loader:
     """Batches of a stage's mixture, without end, from micro-batch `start`.
 
-    A micro-batch has one task, the same on every rank; tasks follow the ratio in a fixed cycle. Each rank takes its slice of the global
-    micro-batch, so that the union over ranks is the same whatever their number.
+    A micro-batch has one task and one size, the same on every rank; tasks follow the ratio in a fixed cycle. Each rank takes its slice of
+    the global micro-batch, so that the union over ranks is the same whatever their number. Batch number n is a function of n alone: workers,
+    and batches that they made ahead, are no part of the state.
 
     Args:
         mixture: as resolved by `resolve_mixture`.
         shards: folder of published parts.
         batch_size: samples a micro-batch over all ranks; a multiple of `world_size`.
+        workers: threads that make batches ahead (decoding leaves Python's lock alone); 0 makes each when it is asked for.
 
     Raises:
         ShardMismatch: a part is missing, or not the dataset that the mixture names.
     """
 
-    def __init__(self, mixture: dict[str, Any], shards: Path, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> None:
+    def __init__(
+        self,
+        mixture: dict[str, Any],
+        shards: Path,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        workers: int = 0,
+    ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size: {batch_size} samples can't be shared by {world_size} ranks; it must be a multiple.")
         self.mixture, self.batch_size, self.rank, self.world_size, self.next = mixture, batch_size, rank, world_size, start
+        self.workers = workers
         self.cycle = cycle(mixture)
         self.streams = {task: TaskStream(mixture, task) for task in mixture["tasks"]}
         self.parts: dict[str, Part] = {}
@@ -181,10 +217,21 @@ class Loader:
         self.next = state["global_sample"] // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            batch = self.batch(self.next)
-            self.next += 1
-            yield batch
+        if self.workers == 0:
+            while True:
+                batch = self.batch(self.next)
+                self.next += 1
+                yield batch
+        pool = ThreadPoolExecutor(self.workers, "batches")
+        try:
+            ahead = deque(pool.submit(self.batch, self.next + i) for i in range(self.workers * AHEAD))
+            while True:
+                batch = ahead.popleft().result()
+                ahead.append(pool.submit(self.batch, self.next + 1 + len(ahead)))
+                self.next += 1
+                yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def batch(self, index: int) -> Batch:
         """This rank's slice of micro-batch `index`."""
@@ -193,11 +240,8 @@ class Loader:
         nth = turn * self.cycle.count(task) + self.cycle[:place].count(task)
         share = self.batch_size // self.world_size
         first = self.rank * share
-        stream = self.streams[task]
-        samples = []
-        for i in range(first, first + share):
-            part, row = stream.address(nth * self.batch_size + i)
-            samples.append(self.parts[part][row])
+        _, addresses = self.streams[task].batch(nth, self.batch_size)
+        samples = [self.parts[part][row] for part, row in addresses[first : first + share]]
         return Batch(
             index=index,
             task=task,

@@ -1,31 +1,27 @@
-"""Shards: WebDataset tars that come out byte for byte the same on every build, each whole or absent.
+"""Shards: WebDataset tars that come out byte for byte the same on every build, each whole or absent. The second half of a build.
 
-A part is cut into plans by arithmetic; `build_shard(plan) -> Receipt` is pure and runs anywhere. A receipt beside its tar says that the
-tar was verified by reading it back, so that a build goes on where it was stopped.
+`build_shard(plan) -> Receipt` is pure and runs anywhere: it moves prepared bytes from the chunks' spools into a tar. A receipt beside a tar
+says that the tar was verified by reading it back, so that a build goes on where it was stopped.
 """
 
 import io
 import json
-import multiprocessing
 import os
-import signal
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
+import pyarrow as pa
 
-from data.config import PartConfig
-from data.records import Record
-from data.sources import read_record
-from runtime.exits import exit_with_parent
-from runtime.files import fsync_folder, read_json, sha256_file, sha256_json, write_atomic, write_json
+from data.preparation import chunk_files
+from runtime.files import fsync_folder, read_json, sha256_file, sha256_json, write_json
 
 INDEX = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
-FORMAT = 1
+FORMAT = 2
 
 
 class ShardMismatch(Exception):
@@ -34,13 +30,12 @@ class ShardMismatch(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one shard holds: records `start` to `stop` of a part."""
+    """What one shard holds: prepared rows, in order. picks: (chunk, row) of each; inputs: (chunk, digest of its plan)."""
 
-    part: str
-    config: PartConfig
     shard: int
-    start: int
-    stop: int
+    picks: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[str, str], ...]
+    rows: pa.Table
 
     @property
     def name(self) -> str:
@@ -48,7 +43,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        return sha256_json({"format": FORMAT, "config": self.config.model_dump(), "start": self.start, "stop": self.stop})
+        return sha256_json({"format": FORMAT, "picks": self.picks, "inputs": self.inputs})
 
 
 @dataclass(frozen=True)
@@ -63,10 +58,14 @@ class Receipt:
     spans: list[tuple[int, int]]
 
 
-def plan_part(name: str, config: PartConfig, shard_samples: int) -> list[Plan]:
-    """Plans of `shard_samples` records each; the last may be smaller."""
-    starts = range(0, config.samples, shard_samples)
-    return [Plan(name, config, i, start, min(start + shard_samples, config.samples)) for i, start in enumerate(starts)]
+def plan_shards(picks: list[tuple[str, int]], rows: pa.Table, inputs: dict[str, str], shard_samples: int) -> list[Plan]:
+    """Plans of `shard_samples` rows each; the last may be smaller."""
+    plans = []
+    for shard, start in enumerate(range(0, len(picks), shard_samples)):
+        mine = tuple(picks[start : start + shard_samples])
+        chunks = tuple((name, inputs[name]) for name in sorted({name for name, _ in mine}))
+        plans.append(Plan(shard, mine, chunks, rows.slice(start, shard_samples)))
+    return plans
 
 
 def build_shard(plan: Plan, folder: Path) -> Receipt:
@@ -81,40 +80,33 @@ def build_shard(plan: Plan, folder: Path) -> Receipt:
             return Receipt(**known | {"spans": [tuple(span) for span in known["spans"]]})
     temporary = folder / f".{plan.name}.{os.getpid()}.tmp"
     spans = []
-    with open(temporary, "wb") as handle:
+    with open(temporary, "wb") as handle, ExitStack() as stack:
+        spools = {chunk: stack.enter_context(open(chunk_files(folder, chunk)["spool"], "rb")) for chunk, _ in plan.inputs}
         with tarfile.open(fileobj=handle, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for index in range(plan.start, plan.stop):
+            for (chunk, _), row in zip(plan.picks, plan.rows.to_pylist(), strict=True):
                 begin = archive.offset
-                for name, content in _members(read_record(plan.part, plan.config, index)):
+                for name, content in _members(row, spools[chunk]):
                     archive.addfile(_header(name, len(content)), io.BytesIO(content))
                 spans.append((begin, archive.offset - begin))
         handle.flush()
         os.fsync(handle.fileno())
-    _verify_by_reading(temporary, plan)
-    receipt = Receipt(plan.digest, plan.name, sha256_file(temporary), temporary.stat().st_size, plan.stop - plan.start, spans)
+    _verify_by_reading(temporary, len(plan.picks))
+    receipt = Receipt(plan.digest, plan.name, sha256_file(temporary), temporary.stat().st_size, len(plan.picks), spans)
     os.rename(temporary, tar)
     fsync_folder(folder)
     write_json(note, asdict(receipt))
     return receipt
 
 
-def _members(record: Record) -> Iterator[tuple[str, bytes]]:
+def _members(row: dict[str, Any], spool: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """`{key}.json` first, then references in order, then the target; keys hold no dot, where WebDataset would split them."""
-    facts = {
-        "format": FORMAT,
-        "task": record.task,
-        "category": record.category,
-        "kind": record.kind,
-        "prompt": record.prompt,
-        "source": record.source,
-        "source_id": record.source_id,
-        "licence": record.licence,
-        "scene": record.scene,
-    }
-    yield f"{record.key}.json", json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
-    for i, image in enumerate(record.references):
-        yield f"{record.key}.src.{i}.png", image
-    yield f"{record.key}.tgt.png", record.target
+    facts = {name: row[name] for name in ("task", "category", "kind", "prompt", "source", "source_id", "licence", "bucket")}
+    free = {name: json.loads(row[name]) for name in ("texts", "scores", "origin", "scene")}
+    images = [{name: value for name, value in image.items() if name != "offset"} for image in row["images"]]
+    content = json.dumps({"format": FORMAT, "images": images} | facts | free, sort_keys=True, ensure_ascii=False).encode()
+    yield f"{row['key']}.json", content
+    for image in row["images"]:
+        yield f"{row['key']}.{image['role']}.{image['extension']}", os.pread(spool.fileno(), image["size"], image["offset"])
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
@@ -123,98 +115,23 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     return info
 
 
-def _verify_by_reading(tar: Path, plan: Plan) -> None:
-    """Read the tar with webdataset's stock reader, as any user would: every sample whole, none missing."""
+def _verify_by_reading(tar: Path, samples: int) -> None:
+    """Read the tar with webdataset's stock reader, as any user would: every sample whole by its own list of images, none missing."""
     os.environ["WDS_SECURE"] = "1"  # read at import: no pipes, no pickles
     import webdataset
 
     seen = 0
-    wanted = {"json", "tgt.png"} | ({"src.0.png"} if plan.config.task == "image_edit" else set())
     for sample in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False):
-        if lacking := wanted - set(sample):
-            raise ShardMismatch(f"{tar}: sample {sample['__key__']} lacks {sorted(lacking)}; build it again.")
+        wanted = {f"{image['role']}.{image['extension']}": image["size"] for image in json.loads(sample["json"])["images"]}
+        if lacking := [name for name, size in wanted.items() if len(sample.get(name, b"")) != size]:
+            raise ShardMismatch(f"{tar}: sample {sample['__key__']} lacks {lacking}; build it again.")
         seen += 1
-    if seen != plan.stop - plan.start:
-        raise ShardMismatch(f"{tar}: {seen} samples read back, {plan.stop - plan.start} written; is a key there twice?")
-
-
-def build_part(
-    name: str,
-    config: PartConfig,
-    shard_samples: int,
-    folder: Path,
-    workers: int = 1,
-    on_shard: Callable[[int], None] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any] | None:
-    """Build every shard of a part into `folder`, going on where an earlier build was stopped, and write its manifest and index.
-
-    Returns:
-        The manifest, or None where `stop()` turned true between shards.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    plans = plan_part(name, config, shard_samples)
-    receipts: list[Receipt] = []
-    with _pool(min(workers, len(plans))) as pool:
-        for receipt in pool.map(build_shard, plans, [folder] * len(plans)):
-            receipts.append(receipt)
-            if on_shard is not None:
-                on_shard(receipt.samples)
-            if stop() and len(receipts) < len(plans):
-                pool.shutdown(wait=False, cancel_futures=True)  # shards under way end whole, the others don't begin
-                return None
-    rows = [(shard, offset, size) for shard, receipt in enumerate(receipts) for offset, size in receipt.spans]
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(rows, INDEX), allow_pickle=False)
-    write_atomic(folder / "index.npy", buffer.getvalue())
-    shards = [{"name": r.name, "sha256": r.sha256, "bytes": r.bytes, "samples": r.samples} for r in receipts]
-    written = sum(r.samples for r in receipts)
-    manifest = {
-        "format": FORMAT,
-        "part": name,
-        "task": config.task,
-        "split": config.split,
-        "licence": config.licence,
-        "samples": written,
-        "counts": {"input": config.samples, "written": written, "quarantined": 0, "deduplicated": 0, "dropped": config.samples - written},
-        "shards": shards,
-        "index_sha256": sha256_file(folder / "index.npy"),
-        "dataset_id": sha256_json([FORMAT, config.task, [shard["sha256"] for shard in shards]])[:32],
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
-
-
-def _pool(workers: int) -> "ProcessPoolExecutor | _Inline":
-    """Fresh processes (a fork would inherit our threads and signal handlers) that leave Ctrl-C to us and end when we do."""
-    if workers == 1:
-        return _Inline()
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent()
-
-
-class _Inline:
-    """A pool of none: the same interface, this process."""
-
-    def __enter__(self) -> "_Inline":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
-        return None
-
-    def map(self, build: Callable[[Plan, Path], Receipt], plans: list[Plan], folders: list[Path]) -> Iterator[Receipt]:
-        return map(build, plans, folders)
+    if seen != samples:
+        raise ShardMismatch(f"{tar}: {seen} samples read back, {samples} written; is a key there twice?")
 
 
 def verify_part(folder: Path) -> dict[str, Any]:
-    """The manifest of a published part, after checking the index and every tar against it.
+    """The manifest of a published part, after checking index, tables and every tar against it.
 
     Raises:
         ShardMismatch: naming the file, and the command that rebuilds it.
@@ -222,9 +139,9 @@ def verify_part(folder: Path) -> dict[str, Any]:
     if not (folder / "manifest.json").is_file():
         raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro shards@{folder.name}` or `deepgen run`.")
     manifest = read_json(folder / "manifest.json")
-    for name, expected in [("index.npy", manifest["index_sha256"]), *((shard["name"], shard["sha256"]) for shard in manifest["shards"])]:
+    for name, expected in [*manifest["files"].items(), *((shard["name"], shard["sha256"]) for shard in manifest["shards"])]:
         check_file(folder / name, expected)
-    return manifest
+    return cast(dict[str, Any], manifest)
 
 
 def check_file(path: Path, sha256: str) -> None:

@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
-from data.loader import Sample, read_part
+from data.build import TABLES, Stopped, build_part, plan_chunks
+from data.loader import read_part
 from data.mixture import cycle, resolve_mixture
-from data.shards import build_part, verify_part
+from data.pictures import save_facts, save_samples
+from data.pinning import check_content
+from data.removal import find_removed
+from data.shards import verify_part
 from runtime.exits import Interrupted
 from runtime.files import write_json
 from runtime.progress import Progress
@@ -16,58 +17,53 @@ from runtime.stage import StageRun
 
 
 def run_shards(run: StageRun) -> None:
-    """Build `outputs/shards/<part>/`; shards finished by an interrupted build are kept."""
+    """Build `outputs/shards/<part>/`; chunks and shards finished by an interrupted build are kept."""
     name = run.stage.key or ""
     data = run.params.data
     if data.store is not None:
         raise FileNotFoundError(f"data.store: {data.store!r}, but publishing shards to a store is not built yet; set it to null.")
-    part, folder = data.parts[name], run.folder / "shards"
-    shards = -(-part.samples // data.shard_samples)
-    workers = max(1, min(len(os.sched_getaffinity(0)), shards // 4))  # a worker costs seconds to start
-    with Progress(part.samples, "sample", f"shards {name}", run.folder / "progress.jsonl") as progress:
-        manifest = build_part(name, part, data.shard_samples, folder, workers, progress.update, lambda: bool(run.stop))
-    if manifest is None:
-        raise Interrupted(f"stopped between shards; what is done is in {folder.relative_to(run.root)}, and the same command goes on")
+    check_content(name, data.parts[name], run.root)
+    folder = run.folder / "shards"
+    chunks = plan_chunks(name, data, run.root)
+    workers = max(1, min(len(os.sched_getaffinity(0)), len(chunks) // 4))  # a worker costs seconds to start
+    try:
+        with Progress(chunks[-1].stop, "record", f"shards {name}", run.folder / "progress.jsonl") as progress:
+            manifest = build_part(name, data, folder, run.root, workers, progress.update, lambda: bool(run.stop))
+    except Stopped:
+        raise Interrupted(f"stopped between shards; what is done is in {folder.relative_to(run.root)}, the same command goes on") from None
     out = run.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    for file in ["manifest.json", "index.npy", *(shard["name"] for shard in manifest["shards"])]:
+    for file in ["manifest.json", *TABLES, *(shard["name"] for shard in manifest["shards"])]:
         os.link(folder / file, out / file)
     run.publish(out)
     shutil.rmtree(folder)
-    save_samples(list(read_part(run.out, 24)), run.folder / "samples.png")
+    counts = ", ".join(f"{ending} {number}" for ending, number in manifest["counts"].items())
+    reasons = ", ".join(f"{reason} {number}" for reason, number in manifest["reasons"].items()) or "nothing set aside"
+    print(f"{name}: {counts} ({reasons})", flush=True)
+    pictures = {"facts": run.folder / "facts.png"}
+    save_facts(run.out, pictures["facts"])
+    if manifest["samples"]:
+        pictures = {"a look inside": run.folder / "samples.png"} | pictures
+        save_samples(list(read_part(run.out, 24)), pictures["a look inside"])
     size = sum(shard["bytes"] for shard in manifest["shards"])
     shown = {"samples": manifest["samples"], "shards": len(manifest["shards"]), "bytes": size, "dataset_id": manifest["dataset_id"]}
-    run.report(shown | manifest["counts"], {"a look inside": run.folder / "samples.png"})
+    run.report(shown | manifest["counts"] | {"reasons": reasons}, pictures)
 
 
 def run_mixture(run: StageRun) -> None:
-    """Write `outputs/mixture/<stage>.json`, after checking every part it reads."""
+    """Write `outputs/mixture/<stage>.json`, after checking every part it reads, and that no evaluation sample is among them."""
     stage = run.stage.key or ""
     shards = run.root / "outputs" / "shards"
     config = run.params.mixture[stage]  # type: ignore[index]
-    for name, weight in config.parts.items():
-        if weight > 0:
+    names = [name for name, weight in config.parts.items() if weight > 0]
+    for name in names:
+        if (shards / name).is_dir():
             verify_part(shards / name)
-    mixture = resolve_mixture(stage, config, shards)
+    removed = find_removed(stage, names, run.params.data, shards, run.root)
+    mixture = resolve_mixture(stage, config, shards, {name: sorted(rows) for name, rows in removed.items()})
     write_json(run.folder / "mixture.json", mixture)
     run.publish(run.folder / "mixture.json")
     samples = {f"{task} samples": sum(part["samples"] for part in parts) for task, parts in mixture["tasks"].items()}
-    run.report({"mixture_hash": mixture["mixture_hash"], "cycle": ", ".join(cycle(mixture))} | samples)
-
-
-def save_samples(samples: list[Sample], path: Path, columns: int = 6, scale: int = 2) -> None:
-    """A sheet of samples with their prompts; edits as source and target side by side."""
-    side = samples[0].target.shape[0] * scale
-    seam = 4  # between source and target: both are dark to the edge
-    wide = (side + seam) * (1 + len(samples[0].references)) - seam
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * (wide + 14) + 6, rows * (side + 22) + 6), (245, 245, 245))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=9)
-    for i, sample in enumerate(samples):
-        x, y = 6 + i % columns * (wide + 14), 6 + i // columns * (side + 22)
-        for j, image in enumerate((*sample.references, sample.target)):
-            sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x + j * (side + seam), y))
-        draw.text((x, y + side + 2), sample.prompt, fill=(30, 30, 30), font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(128).save(path, optimize=True)
+    taken = {f"{name} taken out": len(rows) for name, rows in removed.items() if rows}
+    run.report({"mixture_hash": mixture["mixture_hash"], "cycle": ", ".join(cycle(mixture))} | samples | taken)

@@ -1,0 +1,94 @@
+"""Samples that lie in a part's tars and are not read: taken down, or part of an evaluation set. Taken out at the index, no tar is rewritten."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig
+from data.decontamination import EvaluationIndex
+from data.records import Reason, Refused
+from data.rows import read_table
+
+TAKEDOWN = "takedown.txt"
+COLUMNS = ["key", "source_id", "prompt", "images"]
+EXAMPLES = 5
+
+
+class EvaluationLeak(Exception):
+    """Training samples are in an evaluation set, and the part does not say that they may be."""
+
+
+def read_takedown(path: Path) -> set[str]:
+    """Keys, source ids and sha256 of images as they were found, one a line; # begins a comment. A missing file takes nothing down."""
+    if not path.is_file():
+        return set()
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return {line for line in lines if line}
+
+
+def find_removed(stage: str, names: list[str], data: DataConfig, shards: Path, root: Path) -> dict[str, dict[int, Refused]]:
+    """Part -> row -> why it is not read.
+
+    Raises:
+        EvaluationLeak: a part whose `evaluation_leak` is fail holds samples of an evaluation set; the first few are named.
+    """
+    takedown = read_takedown(root / TAKEDOWN)
+    policies = {name: data.parts[name].evaluation_leak or ("allow" if data.parts[name].source == "drawn" else "fail") for name in names}
+    index = evaluation_index(data, shards, root) if any(policy != "allow" for policy in policies.values()) else None
+    removed: dict[str, dict[int, Refused]] = {}
+    for name in names:
+        policy = policies[name]
+        if not takedown and policy == "allow":
+            continue
+        gone = removed[name] = {}
+        leaks = []
+        for row, sample in enumerate(read_table(shards / name / "rows.parquet", COLUMNS).to_pylist()):
+            known = {sample["key"], sample["source_id"], *(image["found_sha256"] for image in sample["images"])}
+            if hit := known & takedown:
+                gone[row] = _refused(sample, Reason.TAKEDOWN, f"{hit.pop()} is in {TAKEDOWN}")
+            elif index is not None and policy != "allow" and (found := _leak(index, sample)):
+                gone[row] = _refused(sample, Reason.EVALUATION_LEAK, found)
+                leaks.append(gone[row])
+        if leaks and policy == "fail":
+            shown = "\n".join(f"  {leak.source_id}: {leak.message}" for leak in leaks[:EXAMPLES])
+            raise EvaluationLeak(
+                f"mixture.{stage}.parts: {len(leaks)} samples of {name!r} are in an evaluation set:\n{shown}\n"
+                f"Say in params.yaml what is to become of them: data.parts.{name}.evaluation_leak: remove (they are not read), or allow."
+            )
+    return removed
+
+
+def evaluation_index(data: DataConfig, shards: Path, root: Path) -> EvaluationIndex:
+    """Prompts of `data.evaluation_prompts`, prompts and pictures of the parts whose split is evaluation.
+
+    Raises:
+        FileNotFoundError: an evaluation part is not built: nothing can be said to be clean of it.
+    """
+    files = [root / path for path in data.evaluation_prompts]
+    prompts: dict[str, list[str]] = {}
+    pixels: dict[str, str] = {}
+    hashes: dict[int, str] = {}
+    for name, part in data.parts.items():
+        if part.split != "evaluation":
+            continue
+        if not (shards / name / "rows.parquet").is_file():
+            raise FileNotFoundError(
+                f"{shards / name}: the evaluation part is not built, so no part can be checked against it; run `dvc repro shards@{name}`."
+            )
+        rows = read_table(shards / name / "rows.parquet", COLUMNS).to_pylist()
+        prompts[name] = [row["prompt"] for row in rows]
+        for row in rows:
+            for image in row["images"]:
+                pixels[image["pixel_sha256"]] = hashes[image["perceptual_hash"]] = f"{name} {row['source_id']}"
+    return EvaluationIndex.build(files, prompts, pixels, hashes, data.near_distance)
+
+
+def _leak(index: EvaluationIndex, sample: dict[str, Any]) -> str | None:
+    pixels = [image["pixel_sha256"] for image in sample["images"]]
+    hashes = np.array([image["perceptual_hash"] for image in sample["images"]], np.uint64)
+    return index.leak(sample["prompt"], pixels, hashes)
+
+
+def _refused(sample: dict[str, Any], reason: Reason, message: str) -> Refused:
+    return Refused(sample["source_id"], reason, "policy", message, sample["key"])
