@@ -225,13 +225,28 @@ def fetch(
         fetch_all(root, choose(wanted_by(params), only or []), accept or [], Hub.from_environment(), dry_run, typer.echo)
 
 
+@fetch_app.command("urls")
+def fetch_urls(
+    urls: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A list of addresses: txt, csv, tsv, json, jsonl or parquet.")],
+    out: Annotated[Path, typer.Option(help="Folder of the WebDataset shards.")],
+    url_col: Annotated[str, typer.Option(help="Column of the addresses.")] = "url",
+    caption_col: Annotated[str | None, typer.Option(help="Column of the captions.")] = None,
+    processes: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Load the pictures of a list through img2dataset, guarded. Pictures keep their own licences; sites that opt out are left out."""
+    from runtime.url_list import fetch_urls as load
+
+    with _interruptible("deepgen fetch urls"):
+        raise typer.Exit(load(_root(), urls, out, url_col, caption_col, processes))
+
+
 @contextlib.contextmanager
 def _interruptible(command: str) -> Iterator[None]:
     """Ctrl-C ends the command as interrupted, not as failed."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; what came is kept. Go on with the same command: {command}", err=True)
+        typer.echo(f"interrupted; what came is kept. Go on with the same command: {command} ...", err=True)
         raise typer.Exit(exits.INTERRUPTED) from None
 
 

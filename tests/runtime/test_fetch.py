@@ -237,7 +237,8 @@ def test_two_fetches_into_one_project_do_not_mix(tmp_path: Path, hub: FakeHub):
         bring(tmp_path, hub)
 
 
-def test_the_command_stopped_by_ctrl_c_says_how_to_go_on_and_goes_on(tmp_path: Path, hub: FakeHub):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_the_command_stopped_or_killed_mid_file_is_gone_on_with_by_the_next(tmp_path: Path, hub: FakeHub, end: signal.Signals):
     preset = (REPO / "presets" / "deepgen-5b.yaml").read_text().replace("66285546d2b821cf421d4f5eb2576359d3770cd3", REVISION)
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "mine.yaml").write_text(preset.replace("repo: Qwen/Qwen2.5-VL-3B-Instruct", "repo: maker/parts"))
@@ -251,9 +252,11 @@ def test_the_command_stopped_by_ctrl_c_says_how_to_go_on_and_goes_on(tmp_path: P
     part = part_of(tmp_path / VLM.folder / "dit" / "model.safetensors")
     while not part.exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(end)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == exits.INTERRUPTED and "Go on with the same command" in said, said
+    if end == signal.SIGINT:
+        assert process.returncode == exits.INTERRUPTED and "Go on with the same command" in said, said
+    assert fetched_files(tmp_path, VLM) is None and "dit/model.safetensors" not in content(tmp_path)
     hub.drip.clear()
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert content(tmp_path)["dit/model.safetensors"] == WEIGHTS
