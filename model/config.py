@@ -145,17 +145,20 @@ class ModelConfig(Settings):
 
 
 class HubWeights(Settings):
-    """One part's published weights. A null revision names weights that nobody has pinned yet: they are refused until someone does."""
+    """One part's published weights. A null revision, or licence, is one that nobody has looked at yet: refused until someone does."""
 
     repo: str
     revision: str | None = Field(pattern="^[0-9a-f]{40}$")
     subfolder: str = ""
+    licence: str | None = Field(description="as its model card names it; `deepgen fetch --accept NAME` accepts it")
+    gated: bool = Field(False, description="needs an account that has accepted the publisher's conditions, and its HF_TOKEN")
 
 
 class FoundationConfig(Settings):
     """Where the capable parts that training starts from come from.
 
-    `random` initialises them from `seed`; `folder` reads `path` (kept in git, or made by you); `hub` names pinned revisions.
+    `random` initialises them from `seed`; `folder` reads `path` (kept in git, or made by you); `hub` names pinned revisions,
+    which `deepgen fetch` brings.
     """
 
     source: Literal["random", "folder", "hub"]

@@ -1,8 +1,10 @@
 """`deepgen`: run the pipeline, use the model, change the preset, open the UIs. Heavy imports wait until a command needs them."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,8 @@ app = typer.Typer(
 )
 preset_app = typer.Typer(no_args_is_help=True, help="Complete alternatives of params.yaml.")
 app.add_typer(preset_app, name="preset")
+fetch_app = typer.Typer(help="The one command that opens the network: published weights and data sets, by pinned revision, verified.")
+app.add_typer(fetch_app, name="fetch")
 
 CHAMPION_URI = "models:/deepgen@champion"
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal pictures.")]
@@ -198,6 +202,54 @@ def preset_schema() -> None:
     typer.echo(json.dumps(Params.model_json_schema(), indent=1))
 
 
+@fetch_app.callback(invoke_without_command=True)
+def fetch(
+    context: typer.Context,
+    preset: Annotated[str | None, typer.Option(help="Whose needs; default: those of params.yaml.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would come, and stop.")] = False,
+    accept: Annotated[list[str] | None, typer.Option(metavar="LICENCE", help="A licence you have read and accept; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only these of the preset's needs; repeatable.")] = None,
+) -> None:
+    """Bring what a preset needs from the network into outputs/fetched. What is there is not loaded again; a broken run goes on."""
+    if context.invoked_subcommand is not None:
+        return
+    from orchestration.presets import preset_text
+    from runtime.fetch import choose, wanted_by
+    from runtime.fetch import fetch as fetch_all
+    from runtime.hub import Hub
+    from runtime.params import check_params, load_params, parse_params
+
+    root = _root()
+    params = check_params(parse_params(preset_text(root, preset))) if preset else load_params(root / "params.yaml")
+    with _interruptible("deepgen fetch"):
+        fetch_all(root, choose(wanted_by(params), only or []), accept or [], Hub.from_environment(), dry_run, typer.echo)
+
+
+@fetch_app.command("urls")
+def fetch_urls(
+    urls: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A list of addresses: txt, csv, tsv, json, jsonl or parquet.")],
+    out: Annotated[Path, typer.Option(help="Folder of the WebDataset shards.")],
+    url_col: Annotated[str, typer.Option(help="Column of the addresses.")] = "url",
+    caption_col: Annotated[str | None, typer.Option(help="Column of the captions.")] = None,
+    processes: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Load the pictures of a list through img2dataset, guarded. Pictures keep their own licences; sites that opt out are left out."""
+    from runtime.url_list import fetch_urls as load
+
+    with _interruptible("deepgen fetch urls"):
+        raise typer.Exit(load(_root(), urls, out, url_col, caption_col, processes))
+
+
+@contextlib.contextmanager
+def _interruptible(command: str) -> Iterator[None]:
+    """Ctrl-C ends the command as interrupted, not as failed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what came is kept. Go on with the same command: {command} ...", err=True)
+        raise typer.Exit(exits.INTERRUPTED) from None
+
+
 def _root() -> Path:
     from runtime.stage import find_root
 
@@ -226,6 +278,9 @@ def _code_of(error: Exception) -> int | None:
     codes = {
         "ParamsError": exits.BAD_PARAMS,
         "PresetRefused": exits.BAD_PARAMS,
+        "FetchRefused": exits.FAILED,
+        "FetchFailed": exits.FAILED,
+        "AlreadyFetching": exits.LOCKED,
         "AlreadyRunning": exits.LOCKED,
         "PortBusy": exits.LOCKED,
         "DvcError": exits.FAILED,

@@ -1,4 +1,4 @@
-"""The parts that training starts from, gathered in one folder: made at random, or copied and checked."""
+"""The parts that training starts from, gathered in one folder: made at random, or copied and checked, from git or from what was fetched."""
 
 import shutil
 from pathlib import Path
@@ -8,10 +8,22 @@ import torch
 from model.config import FoundationConfig, ModelConfig
 from model.deepgen import build_deepgen
 from model.weights import load_foundation, save_model
+from runtime.fetched import fetched_files, foundation_wants
 from runtime.files import read_json, sha256_file
 from runtime.stage import StageRun
 from training.randomness import generator
 from training.tokenizer import build_tokenizer
+
+FOLDERS = {"vlm": "vlm", "dit": "transformer", "vae": "vae"}  # in a model folder
+TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+}
 
 
 class FoundationMismatch(Exception):
@@ -29,8 +41,8 @@ def run_foundation(run: StageRun) -> None:
     folder = run.folder / "out"
     shutil.rmtree(folder, ignore_errors=True)
     if config.source == "hub":
-        raise FileNotFoundError(missing_hub_weights(config))
-    if config.source == "random":
+        copy_fetched(run.root, config, folder / "model", run.params.preset)
+    elif config.source == "random":
         torch.manual_seed(generator("foundation", config.seed).initial_seed())
         from data.drawn import VOCABULARY
 
@@ -42,11 +54,33 @@ def run_foundation(run: StageRun) -> None:
     run.report({"source": config.source})
 
 
-def missing_hub_weights(config: FoundationConfig) -> str:
-    """What a hub foundation lacks on this machine, part by part."""
-    lines = [f"  {part}: {weights.repo} at {weights.revision or 'no pinned revision'}" for part, weights in sorted(config.hub.items())]
-    why = "foundation.source: hub, but fetching and reading published weights is not built yet:"
-    return "\n".join([why, *lines, "Use a local preset."])
+def copy_fetched(root: Path, config: FoundationConfig, target: Path, preset: str) -> None:
+    """Copy the hub's parts, and the tokenizer that comes with the VLM, refusing a file whose sha256 is not its receipt's.
+
+    Raises:
+        FileNotFoundError: naming each part that is not on this machine, and the command that brings it.
+    """
+    wants = foundation_wants(config)
+    found = {wanted.name: fetched_files(root, wanted) for wanted in wants}
+    lacking = [
+        f"  {wanted.name}: {wanted.repo} at {wanted.revision or 'no pinned revision'}, expected in {wanted.folder}"
+        for wanted in wants
+        if found[wanted.name] is None
+    ]
+    if lacking:
+        command = f"Bring them with `deepgen fetch --preset {preset}`, or use a local preset."
+        raise FileNotFoundError("\n".join(["foundation.source: hub, but this machine lacks", *lacking, command]))
+    for wanted in wants:
+        for name, file in (found[wanted.name] or {}).items():
+            source = root / wanted.folder / name
+            if sha256_file(source) != file.sha256:
+                command = f"deepgen fetch --preset {preset} --only {wanted.name}"
+                raise FoundationMismatch(f"{source}: expected sha256 {file.sha256[:12]}...; delete it, then `{command}`.")
+            inner = Path(name).relative_to(config.hub[wanted.name].subfolder)  # type: ignore[index]
+            folders = [FOLDERS[wanted.name]] + ["tokenizer"] * (wanted.name == "vlm" and inner.name in TOKENIZER_FILES)
+            for folder in folders:
+                (target / folder / inner).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target / folder / inner)
 
 
 def copy_checked(source: Path, target: Path) -> None:
