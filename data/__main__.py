@@ -114,7 +114,10 @@ def _quarantine(arguments: argparse.Namespace) -> None:
     if arguments.action == "list":
         for row in rows:
             print(f"{row['ending']:13} {row['reason']:19} {row['source_id']}: {row['message']}")
-        print(f"{arguments.part}: {len(rows)} set aside; " + ", ".join(f"{k} {n}" for k, n in Counter(r["reason"] for r in rows).most_common()))
+        print(
+            f"{arguments.part}: {len(rows)} set aside; "
+            + ", ".join(f"{k} {n}" for k, n in Counter(r["reason"] for r in rows).most_common())
+        )
         return
     if arguments.reason is None:
         raise ValueError("--reason: none given; `python -m data quarantine list PART` shows those there are")

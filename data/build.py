@@ -89,9 +89,7 @@ def build_part(
     return manifest
 
 
-def _write_tables(
-    folder: Path, chunks: Sequence[ChunkReceipt], written: pa.Table, later: pa.Table, shards: Sequence[Receipt]
-) -> None:
+def _write_tables(folder: Path, chunks: Sequence[ChunkReceipt], written: pa.Table, later: pa.Table, shards: Sequence[Receipt]) -> None:
     index = np.array([(shard, *span) for shard, receipt in enumerate(shards) for span in receipt.spans], INDEX)
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)

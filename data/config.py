@@ -49,9 +49,6 @@ class PartConfig(Settings):
     min_scores: dict[str, float] = Field({}, description="score column -> least value; a record without it is dropped")
     max_scores: dict[str, float] = Field({}, description="score column -> greatest value; a record without it is dropped")
     deduplicate: Deduplicate | None = Field(None, description="within the part; null: none if drawn, else near")
-    evaluation_leak: EvaluationLeak | None = Field(
-        None, description="what a mixture does with training samples that are in an evaluation set; null: allow if drawn, else fail"
-    )
 
     @model_validator(mode="after")
     def _kinds_can_be_drawn(self) -> Self:
@@ -102,6 +99,9 @@ class MixtureConfig(Settings):
     seed: int
     ratio: dict[Task, NonNegativeInt]
     parts: dict[PartName, NonNegativeFloat]
+    evaluation_leak: dict[PartName, EvaluationLeak] = Field(
+        {}, description="what happens to a part's samples that are in an evaluation set; a part not named here fails, or allows if drawn"
+    )
 
     @model_validator(mode="after")
     def _something_is_read(self) -> Self:

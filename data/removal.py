@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig
+from data.config import DataConfig, MixtureConfig
 from data.decontamination import EvaluationIndex
 from data.records import Reason, Refused
 from data.rows import read_table
@@ -27,14 +27,15 @@ def read_takedown(path: Path) -> set[str]:
     return {line for line in lines if line}
 
 
-def find_removed(stage: str, names: list[str], data: DataConfig, shards: Path, root: Path) -> dict[str, dict[int, Refused]]:
+def find_removed(stage: str, config: MixtureConfig, data: DataConfig, shards: Path, root: Path) -> dict[str, dict[int, Refused]]:
     """Part -> row -> why it is not read.
 
     Raises:
-        EvaluationLeak: a part whose `evaluation_leak` is fail holds samples of an evaluation set; the first few are named.
+        EvaluationLeak: a part whose policy is fail holds samples of an evaluation set; the first few are named.
     """
     takedown = read_takedown(root / TAKEDOWN)
-    policies = {name: data.parts[name].evaluation_leak or ("allow" if data.parts[name].source == "drawn" else "fail") for name in names}
+    names = [name for name, weight in config.parts.items() if weight > 0 and (shards / name).is_dir()]
+    policies = {name: config.evaluation_leak.get(name, "allow" if data.parts[name].source == "drawn" else "fail") for name in names}
     index = evaluation_index(data, shards, root) if any(policy != "allow" for policy in policies.values()) else None
     removed: dict[str, dict[int, Refused]] = {}
     for name in names:
@@ -54,7 +55,7 @@ def find_removed(stage: str, names: list[str], data: DataConfig, shards: Path, r
             shown = "\n".join(f"  {leak.source_id}: {leak.message}" for leak in leaks[:EXAMPLES])
             raise EvaluationLeak(
                 f"mixture.{stage}.parts: {len(leaks)} samples of {name!r} are in an evaluation set:\n{shown}\n"
-                f"Say in params.yaml what is to become of them: data.parts.{name}.evaluation_leak: remove (they are not read), or allow."
+                f"Say in params.yaml what is to become of them: mixture.{stage}.evaluation_leak: {{{name}: remove}} (not read), or allow."
             )
     return removed
 

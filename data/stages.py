@@ -56,11 +56,10 @@ def run_mixture(run: StageRun) -> None:
     stage = run.stage.key or ""
     shards = run.root / "outputs" / "shards"
     config = run.params.mixture[stage]  # type: ignore[index]
-    names = [name for name, weight in config.parts.items() if weight > 0]
-    for name in names:
-        if (shards / name).is_dir():
+    for name, weight in config.parts.items():
+        if weight > 0 and (shards / name).is_dir():
             verify_part(shards / name)
-    removed = find_removed(stage, names, run.params.data, shards, run.root)
+    removed = find_removed(stage, config, run.params.data, shards, run.root)
     mixture = resolve_mixture(stage, config, shards, {name: sorted(rows) for name, rows in removed.items()})
     write_json(run.folder / "mixture.json", mixture)
     run.publish(run.folder / "mixture.json")

@@ -119,7 +119,7 @@ def _evaluation_check(root: Path, stage: Stage) -> dg.AssetChecksDefinition:
     def measure() -> Outcome:
         params = load_params(root / "params.yaml")
         metrics = read_json(root / stage.outs[0] / "metrics.json")
-        planned = {params.data.parts[part].task: params.data.parts[part].samples for part in params.evaluation.parts}
+        planned = {params.data.parts[part].task: read_manifest(root, part)["samples"] for part in params.evaluation.parts}
         problems = not_finite(metrics)
         for task, n in planned.items():
             found = metrics[task]["n"]

@@ -35,7 +35,7 @@ def verify_part(root: Path, part: str) -> dict[str, Any]:
     """
     manifest = read_manifest(root, part)
     rebuild = f"Rebuild: rm -r outputs/shards/{part} && dvc repro shards@{part}"
-    for name, expected in [("index.npy", manifest["index_sha256"]), *((shard["name"], shard["sha256"]) for shard in manifest["shards"])]:
+    for name, expected in [*manifest["files"].items(), *((shard["name"], shard["sha256"]) for shard in manifest["shards"])]:
         path = shards_folder(root, part) / name
         if not path.is_file():
             raise ShardsDiffer(f"{path.relative_to(root)} is missing. {rebuild}")

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
-from data.config import MixtureConfig, PartConfig
+from data.build import build_part
+from data.config import DataConfig, ImageRules, MixtureConfig, PartConfig
 from data.mixture import resolve_mixture
-from data.shards import build_part
 
-SHARD_SAMPLES = 5
 PARTS = {
     "captions": PartConfig(source="drawn", task="text_to_image", split="train", samples=23, seed=1, licence="CC0-1.0"),
     "relations": PartConfig(
@@ -18,6 +17,7 @@ PARTS = {
     "words": PartConfig(source="drawn", task="text_to_image", split="train", samples=3, seed=3, licence="CC0-1.0", kinds={"word": 1}),
     "edits": PartConfig(source="drawn", task="image_edit", split="train", samples=13, seed=4, licence="CC0-1.0"),
 }
+DATA = DataConfig(image_size=64, shard_samples=5, images=ImageRules(min_side=32), parts=PARTS)
 MIXTURE = MixtureConfig(
     seed=11,
     ratio={"image_edit": 1, "text_to_image": 3},
@@ -29,9 +29,16 @@ MIXTURE = MixtureConfig(
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of published parts. Tests that change one make a copy."""
     folder = tmp_path_factory.mktemp("shards")
-    for name, config in PARTS.items():
-        build_part(name, config, SHARD_SAMPLES, folder / name)
+    for name in PARTS:
+        build_part(name, DATA, folder / name, folder)
+        sweep_chunks(folder / name)
     return folder
+
+
+def sweep_chunks(folder: Path) -> None:
+    """Leave what is published, as the stage command does."""
+    for file in [*folder.glob("chunk-*"), *folder.glob("shard-*.json")]:
+        file.unlink()
 
 
 @pytest.fixture(scope="session")

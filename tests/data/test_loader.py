@@ -37,10 +37,12 @@ def test_a_batch_is_pixels_of_one_task(mixture, shards):
     assert len(edit.prompts) == len(edit.keys) == len(edit.scenes) == BATCH
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("stopped_after", range(13))
-def test_a_stream_stopped_anywhere_goes_on_as_if_it_had_not(mixture, shards, stopped_after):
+def test_a_stream_stopped_anywhere_goes_on_as_if_it_had_not(mixture, shards, stopped_after, workers):
+    """Batches that workers made ahead are no part of the state."""
     whole = take(Loader(mixture, shards, BATCH), 13)
-    first = Loader(mixture, shards, BATCH)
+    first = Loader(mixture, shards, BATCH, workers=workers)
     take(first, stopped_after)
     second = Loader(mixture, shards, BATCH)
     second.restore(first.state())

@@ -25,28 +25,64 @@ def test_a_permutation_sends_every_place_about_everywhere():
     assert all(abs(times - 500) < 105 for times in first.values())
 
 
-def test_every_epoch_of_every_part_holds_each_row_once(mixture):
-    """Three parts of 2 : 1 : 0.5 and prime sizes: the stream visits each part's rows, epoch after epoch, without one missed or doubled."""
-    stream = TaskStream(mixture, "text_to_image")
-    visits: dict[str, list[int]] = {}
-    for i in range(1500):
-        part, row = stream.address(i)
-        visits.setdefault(part, []).append(row)
-    assert sorted(visits) == ["captions", "relations", "words"]
-    for part, size in zip(stream.names, stream.sizes, strict=True):
-        rows = visits[part]
-        epochs = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+def stream_of(*parts: tuple[str, float, dict[str, int], list[int]], seed: int = 7) -> TaskStream:
+    """A task fed by (name, weight, samples of each size, rows taken out)."""
+    entries = [
+        {
+            "part": name,
+            "weight": weight,
+            "samples": sum(sizes.values()) - len(gone),
+            "buckets": [{"bucket": bucket, "samples": samples} for bucket, samples in sorted(sizes.items())],
+            "removed": gone,
+        }
+        for name, weight, sizes, gone in parts
+    ]
+    return TaskStream({"seed": seed, "tasks": {"text_to_image": entries}}, "text_to_image")
+
+
+PARTS = (
+    ("captions", 2.0, {"64x64": 17, "96x32": 6}, [0, 3, 18]),
+    ("relations", 1.0, {"64x64": 7}, []),
+    ("words", 0.5, {"32x96": 2, "64x64": 3}, []),
+)
+
+
+def test_every_epoch_of_every_part_and_size_holds_each_row_once():
+    """Three parts of 2 : 1 : 0.5, prime sizes, three shapes, rows taken out: none of the rest is missed or doubled, epoch after epoch."""
+    visits: dict[tuple[str, str], list[int]] = {}
+    stream = stream_of(*PARTS)
+    for n in range(700):
+        bucket, addresses = stream.batch(n, 6)
+        assert len(addresses) == 6
+        for part, row in addresses:
+            visits.setdefault((part, bucket), []).append(row)
+    expected = {
+        ("captions", "64x64"): [row for row in range(17) if row not in (0, 3)],
+        ("captions", "96x32"): [row for row in range(17, 23) if row != 18],
+        ("relations", "64x64"): list(range(7)),
+        ("words", "32x96"): [0, 1],
+        ("words", "64x64"): [2, 3, 4],
+    }
+    assert visits.keys() == expected.keys()
+    for group, rows in expected.items():
+        epochs = [visits[group][start : start + len(rows)] for start in range(0, len(visits[group]) - len(rows) + 1, len(rows))]
         assert len(epochs) > 10
-        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-        assert size < 5 or len({tuple(epoch) for epoch in epochs}) > 1, "every epoch in one order"
+        assert all(sorted(epoch) == rows for epoch in epochs)
+        assert len(rows) < 5 or len({tuple(epoch) for epoch in epochs}) > 1, "every epoch in one order"
 
 
-def test_every_prefix_of_a_task_holds_the_weights(mixture):
-    stream, seen = TaskStream(mixture, "text_to_image"), Counter()
-    for i in range(700):
-        seen[stream.address(i)[0]] += 1
+def test_every_prefix_of_a_task_holds_the_weights_and_the_sizes():
+    """Shares are weights between parts and samples between the sizes of a part; no prefix strays by more than a batch a level."""
+    stream, parts, shapes = stream_of(*PARTS), Counter(), Counter()
+    of_shape = {"64x64": 2 * 15 / 20 + 1 + 0.5 * 3 / 5, "96x32": 2 * 5 / 20, "32x96": 0.5 * 2 / 5}
+    for n in range(400):
+        bucket, addresses = stream.batch(n, 6)
+        shapes[bucket] += 1
+        parts.update(part for part, _ in addresses)
+        for shape, weight in of_shape.items():
+            assert abs(shapes[shape] - weight / 3.5 * (n + 1)) <= 1.5
         for part, share in {"captions": 2 / 3.5, "relations": 1 / 3.5, "words": 0.5 / 3.5}.items():
-            assert abs(seen[part] - share * (i + 1)) <= 1.5
+            assert abs(parts[part] - share * 6 * (n + 1)) <= 6 * 2.5
 
 
 def test_a_cycle_holds_the_exact_ratio(mixture):

@@ -11,16 +11,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.config import PartConfig
+from data.build import Stopped, build_part
+from data.config import DataConfig, ImageRules, PartConfig
 from data.loader import read_part
-from data.shards import ShardMismatch, build_part, verify_part
+from data.shards import ShardMismatch, verify_part
 from data.sources import read_record
 
 EDITS = PartConfig(source="drawn", task="image_edit", split="train", samples=13, seed=4, licence="CC0-1.0")
 
 
+def settings(part: PartConfig = EDITS, shard_samples: int = 5) -> DataConfig:
+    return DataConfig(image_size=64, shard_samples=shard_samples, images=ImageRules(min_side=32), parts={"edits": part})
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build with its chunks and receipts, as it lies before it is published."""
+    folder = tmp_path_factory.mktemp("whole")
+    build_part("edits", settings(), folder, folder)
+    return folder
 
 
 @pytest.fixture
@@ -29,36 +42,41 @@ def edits(shards: Path, tmp_path: Path) -> Path:
     return shutil.copytree(shards / "edits", tmp_path / "edits")
 
 
-def test_the_same_plan_gives_the_same_bytes_whatever_the_workers(shards, tmp_path):
-    build_part("edits", EDITS, 5, tmp_path / "two", workers=2)
-    assert contents(tmp_path / "two") == contents(shards / "edits")
+def test_the_same_plan_gives_the_same_bytes_whatever_the_workers(whole, tmp_path):
+    build_part("edits", settings(), tmp_path, tmp_path, workers=2)
+    assert contents(tmp_path) == contents(whole)
 
 
-def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(edits, shards):
-    (edits / "manifest.json").unlink()
-    (edits / "index.npy").unlink()
-    (edits / "shard-000002.json").unlink()  # killed between tar and receipt
-    whole = (edits / "shard-000001.tar").read_bytes()
-    (edits / "shard-000001.tar").write_bytes(whole[: len(whole) // 2])  # and a tar that the disk lost half of
-    kept = (edits / "shard-000000.tar").stat().st_mtime_ns
-    build_part("edits", EDITS, 5, edits)
-    assert contents(edits) == contents(shards / "edits")
-    assert (edits / "shard-000000.tar").stat().st_mtime_ns == kept, "a finished shard was built again"
+def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(whole, tmp_path):
+    build = shutil.copytree(whole, tmp_path / "edits")
+    for name in ("manifest.json", "index.npy", "rows.parquet", "shard-000002.json", "chunk-000001.json"):
+        (build / name).unlink()  # killed between a tar, or a chunk, and its receipt
+    for name in ("shard-000001.tar", "chunk-000002.bin"):  # and files that the disk lost half of
+        content = (build / name).read_bytes()
+        (build / name).write_bytes(content[: len(content) // 2])
+    kept = [(build / name).stat().st_mtime_ns for name in ("shard-000000.tar", "chunk-000000.bin")]
+    build_part("edits", settings(), build, build)
+    assert contents(build) == contents(whole)
+    assert kept == [(build / name).stat().st_mtime_ns for name in ("shard-000000.tar", "chunk-000000.bin")], (
+        "a finished piece was made again"
+    )
 
 
-def test_a_build_told_to_stop_ends_between_shards_and_goes_on_later(shards, tmp_path):
+def test_a_build_told_to_stop_ends_between_chunks_and_goes_on_later(whole, tmp_path):
     done: list[int] = []
-    assert build_part("edits", EDITS, 5, tmp_path, on_shard=done.append, stop=lambda: len(done) == 2) is None
+    with pytest.raises(Stopped):
+        build_part("edits", settings(), tmp_path, tmp_path, on_records=done.append, stop=lambda: len(done) == 2)
     assert not (tmp_path / "manifest.json").exists()
-    build_part("edits", EDITS, 5, tmp_path)
-    assert contents(tmp_path) == contents(shards / "edits")
+    build_part("edits", settings(), tmp_path, tmp_path)
+    assert contents(tmp_path) == contents(whole)
 
 
-def test_shards_of_other_settings_are_not_taken_over(edits):
-    manifest = build_part("edits", EDITS.model_copy(update={"seed": 5}), 5, edits)
+def test_shards_of_other_settings_are_not_taken_over(whole, tmp_path):
+    build = shutil.copytree(whole, tmp_path / "edits")
+    other = EDITS.model_copy(update={"seed": 5})
+    manifest = build_part("edits", settings(other), build, build)
     assert manifest["counts"]["written"] == 13
-    drawn_anew = read_record("edits", EDITS.model_copy(update={"seed": 5}), 0)
-    assert next(read_part(edits)).key == drawn_anew.key
+    assert next(read_part(build)).key == read_record("edits", other, 0).key
 
 
 def test_webdataset_reads_a_shard_as_it_comes(shards):
@@ -120,15 +138,15 @@ def test_a_tar_that_is_short_or_missing_is_refused_before_anything_is_read(edits
 
 @pytest.mark.slow
 def test_a_builder_killed_outright_leaves_no_worker_and_no_trace_in_the_bytes(tmp_path):
-    part = EDITS.model_copy(update={"samples": 2000})
+    data = settings(EDITS.model_copy(update={"samples": 2000}), 50)
     script = (
-        "import sys; from pathlib import Path; from data.config import PartConfig; from data.shards import build_part\n"
+        "import sys; from pathlib import Path; from data.config import DataConfig; from data.build import build_part\n"
         "if __name__ == '__main__':\n"
-        "    build_part('edits', PartConfig.model_validate_json(sys.argv[1]), 50, Path(sys.argv[2]), workers=2)\n"
+        "    build_part('edits', DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[2]), workers=2)\n"
     )
     (tmp_path / "build.py").write_text(script)
     root = Path(__file__).parents[2]
-    command = [sys.executable, str(tmp_path / "build.py"), part.model_dump_json(), str(tmp_path / "killed")]
+    command = [sys.executable, str(tmp_path / "build.py"), data.model_dump_json(), str(tmp_path / "killed")]
     builder = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)})
     try:
         deadline = time.monotonic() + 60
@@ -145,6 +163,6 @@ def test_a_builder_killed_outright_leaves_no_worker_and_no_trace_in_the_bytes(tm
         assert time.monotonic() < deadline, f"workers {workers} outlive their builder"
         time.sleep(0.1)
     for folder in ("killed", "whole"):
-        build_part("edits", part, 50, tmp_path / folder)
+        build_part("edits", data, tmp_path / folder, tmp_path)
     killed = {name: content for name, content in contents(tmp_path / "killed").items() if not name.startswith(".")}
     assert killed == contents(tmp_path / "whole")

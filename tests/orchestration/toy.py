@@ -38,7 +38,7 @@ def shards(run: StageRun, part: str) -> None:
     write_atomic(folder / "index.npy", "index\n")
     sha256, index_sha256 = (sha256_file(folder / name) for name in ("shard-000000.tar", "index.npy"))
     rows = [{"name": "shard-000000.tar", "sha256": sha256, "samples": config.samples}]
-    manifest = {"dataset_id": sha256_json(rows), "samples": config.samples, "shards": rows, "index_sha256": index_sha256}
+    manifest = {"dataset_id": sha256_json(rows), "samples": config.samples, "shards": rows, "files": {"index.npy": index_sha256}}
     write_json(folder / "manifest.json", manifest)
     run.publish(folder)
     run.report({"samples": config.samples})
