@@ -64,7 +64,13 @@ class Receipt:
 
 
 def plan_part(name: str, config: PartConfig, shard_samples: int) -> list[Plan]:
-    """Plans of `shard_samples` records each; the last may be smaller."""
+    """Plans of `shard_samples` records each; the last may be smaller.
+
+    Raises:
+        ValueError: a source that is read but not yet built into shards.
+    """
+    if config.source != "drawn" or config.samples is None:
+        raise ValueError(f"{name}: source {config.source!r} can be read, but shards are built of source 'drawn' only so far.")
     starts = range(0, config.samples, shard_samples)
     return [Plan(name, config, i, start, min(start + shard_samples, config.samples)) for i, start in enumerate(starts)]
 
@@ -168,7 +174,7 @@ def build_part(
     np.save(buffer, np.array(rows, INDEX), allow_pickle=False)
     write_atomic(folder / "index.npy", buffer.getvalue())
     shards = [{"name": r.name, "sha256": r.sha256, "bytes": r.bytes, "samples": r.samples} for r in receipts]
-    written = sum(r.samples for r in receipts)
+    total, written = plans[-1].stop, sum(r.samples for r in receipts)
     manifest = {
         "format": FORMAT,
         "part": name,
@@ -176,7 +182,7 @@ def build_part(
         "split": config.split,
         "licence": config.licence,
         "samples": written,
-        "counts": {"input": config.samples, "written": written, "quarantined": 0, "deduplicated": 0, "dropped": config.samples - written},
+        "counts": {"input": total, "written": written, "quarantined": 0, "deduplicated": 0, "dropped": total - written},
         "shards": shards,
         "index_sha256": sha256_file(folder / "index.npy"),
         "dataset_id": sha256_json([FORMAT, config.task, [shard["sha256"] for shard in shards]])[:32],

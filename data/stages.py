@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.loader import Sample, read_part
 from data.mixture import cycle, resolve_mixture
-from data.shards import build_part, verify_part
+from data.shards import build_part, plan_part, verify_part
 from runtime.exits import Interrupted
 from runtime.files import write_json
 from runtime.progress import Progress
@@ -22,9 +22,9 @@ def run_shards(run: StageRun) -> None:
     if data.store is not None:
         raise FileNotFoundError(f"data.store: {data.store!r}, but publishing shards to a store is not built yet; set it to null.")
     part, folder = data.parts[name], run.folder / "shards"
-    shards = -(-part.samples // data.shard_samples)
-    workers = max(1, min(len(os.sched_getaffinity(0)), shards // 4))  # a worker costs seconds to start
-    with Progress(part.samples, "sample", f"shards {name}", run.folder / "progress.jsonl") as progress:
+    plans = plan_part(name, part, data.shard_samples)
+    workers = max(1, min(len(os.sched_getaffinity(0)), len(plans) // 4))  # a worker costs seconds to start
+    with Progress(plans[-1].stop, "sample", f"shards {name}", run.folder / "progress.jsonl") as progress:
         manifest = build_part(name, part, data.shard_samples, folder, workers, progress.update, lambda: bool(run.stop))
     if manifest is None:
         raise Interrupted(f"stopped between shards; what is done is in {folder.relative_to(run.root)}, and the same command goes on")
