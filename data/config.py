@@ -1,5 +1,6 @@
 """Settings of parts, shards and mixtures, as written under `data:` and `mixture:` in params.yaml. Imports nothing heavy."""
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, model_validator
@@ -9,6 +10,24 @@ from runtime.settings import Settings
 Task = Literal["text_to_image", "image_edit"]
 Split = Literal["train", "validation", "evaluation"]
 PartName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]  # it names a folder and a DVC stage
+
+SourceKind = Literal["drawn", "t2i_pretrain_json", "t2i_sft_json", "edit_json", "folder", "table", "webdataset", "hugging_face"]
+RecordField = Literal["prompt", "image", "references", "kind", "reasoning", "render_text", "negative_prompt", "url", "attribution"]
+Column = Annotated[str, StringConstraints(min_length=1)]
+
+# What a source may be told beyond task, split, seed and licence. Every source but the drawn world needs `path`.
+_FILES = {"path", "glob", "scores"}
+SETTINGS: dict[str, set[str]] = {
+    "drawn": {"kinds"},
+    "t2i_pretrain_json": _FILES | {"images", "caption_field"},
+    "t2i_sft_json": _FILES | {"images"},
+    "edit_json": _FILES | {"images"},
+    "folder": _FILES | {"caption_field"},
+    "table": _FILES | {"images", "columns"},
+    "webdataset": _FILES | {"caption_field"},
+    "hugging_face": _FILES | {"images", "columns"},
+}
+TASK_OF: dict[str, Task] = {"t2i_pretrain_json": "text_to_image", "t2i_sft_json": "text_to_image", "edit_json": "image_edit"}
 
 DRAWN_SIZE = 64  # pixels a side of a drawn image
 KINDS = {"single": 0.1, "position": 0.2, "relation": 0.3, "count": 0.2, "two": 0.15, "word": 0.05}
@@ -35,20 +54,53 @@ class TextRules(Settings):
 class PartConfig(Settings):
     """One catalogue part: where its samples come from and what they may be used for. A large source is declared in parts."""
 
-    source: Literal["drawn"]
+    source: SourceKind
     task: Task
     category: Literal["general", "reasoning", "text_rendering"] = "general"
     split: Split
-    samples: PositiveInt
+    samples: PositiveInt | None = Field(None, description="at most this many; null for all, which the endless drawn world does not have")
     seed: int = 0
     licence: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = Field(
         description="SPDX name; a part of unknown licence is refused"
     )
     kinds: dict[str, PositiveFloat] | None = Field(None, description="share of each kind of drawn scene; null for the world's own")
+    path: str | None = Field(None, min_length=1, description="file or folder, absolute or from the project root; nothing is fetched")
+    glob: str | None = Field(None, min_length=1, description="which files of a folder; null for all that the source can read")
+    images: str | None = Field(None, min_length=1, description="folder that image paths start from; null for that of `path`")
+    caption_field: str | None = Field(None, min_length=1, description="key of the caption in a record's own JSON file; null for 'caption'")
+    columns: dict[RecordField, Column | tuple[Column, ...]] | None = Field(
+        None, min_length=1, description="what the table calls our fields; several columns only for references"
+    )
+    scores: dict[Column, Column] | None = Field(None, min_length=1, description="score, as rules name it: the column that holds it")
     content: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of what `path` holds, from `python -m data pin PART`")
     min_scores: dict[str, float] = Field({}, description="score column -> least value; a record without it is dropped")
     max_scores: dict[str, float] = Field({}, description="score column -> greatest value; a record without it is dropped")
     deduplicate: Deduplicate | None = Field(None, description="within the part; null: none if drawn, else near")
+
+    @model_validator(mode="after")
+    def _source_takes_these_settings(self) -> Self:
+        allowed = SETTINGS[self.source]
+        for key in sorted(set().union(*SETTINGS.values()) - allowed):
+            if (value := getattr(self, key)) is not None:
+                raise ValueError(f"{key}: {value!r} given; allowed for source {self.source!r}: null. It takes {sorted(allowed)}")
+        if self.source == "drawn" and self.samples is None:
+            raise ValueError("samples: null given; allowed for source 'drawn': a number above 0, for it never ends")
+        if self.source != "drawn" and (self.path is None or "://" in self.path or "\0" in self.path):
+            raise ValueError(f"path: {self.path!r} given; allowed for source {self.source!r}: a file or folder on this machine")
+        if self.task != TASK_OF.get(self.source, self.task):
+            raise ValueError(f"task: {self.task!r} given; allowed for source {self.source!r}: {TASK_OF[self.source]!r}")
+        if self.glob and (PurePosixPath(self.glob).is_absolute() or ".." in PurePosixPath(self.glob).parts):
+            raise ValueError(f"glob: {self.glob!r} given; allowed: a pattern within the folder of `path`, such as '**/*.jsonl'")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_fit_the_task(self) -> Self:
+        for key, column in (self.columns or {}).items():
+            if not isinstance(column, str) and key != "references":
+                raise ValueError(f"columns.{key}: {list(column)} given; allowed: one column")
+            if key == "references" and self.task != "image_edit":
+                raise ValueError(f"columns.references: {column!r} given; allowed for task {self.task!r}: none")
+        return self
 
     @model_validator(mode="after")
     def _kinds_can_be_drawn(self) -> Self:

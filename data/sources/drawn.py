@@ -1,12 +1,29 @@
-"""Sources: each an addressable stream of records."""
+"""The drawn world as a source: a record is a function of the part's settings and its number."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 from data.config import PartConfig
 from data.drawn import EDITS, KINDS, draw_image_edit, draw_text_to_image
 from data.records import Record, encode_png
 
 
+class Drawn:
+    def __init__(self, name: str, part: PartConfig, root: Path):
+        self.name, self.part = name, part
+
+    def __len__(self) -> int:
+        assert self.part.samples is not None, "PartConfig let a drawn part without samples through"
+        return self.part.samples
+
+    def read(self, start: int, stop: int) -> Iterator[Record]:
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"{self.name}: records {start} to {stop} asked for; there are 0 to {len(self)}")
+        return (read_record(self.name, self.part, index) for index in range(start, stop))
+
+
 def read_record(name: str, part: PartConfig, index: int) -> Record:
-    """Record number `index` of a part; a function of the part's settings alone."""
+    """Record number `index` of a drawn part; a function of the part's settings alone."""
     if part.task == "image_edit":
         sample = draw_image_edit(part.split, part.seed, index, part.kinds or EDITS)
     else:
