@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from data.images import decode_image
 from data.mixture import TaskStream, cycle
-from data.records import decode_image
 from data.shards import ShardMismatch, check_file
 from runtime.files import read_json
 

@@ -2,7 +2,8 @@
 
 from data.config import PartConfig
 from data.drawn import EDITS, KINDS, draw_image_edit, draw_text_to_image
-from data.records import Record, encode_png
+from data.images import encode_png
+from data.records import Record
 
 
 def read_record(name: str, part: PartConfig, index: int) -> Record:
