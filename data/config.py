@@ -29,6 +29,7 @@ SETTINGS: dict[str, set[str]] = {
 }
 TASK_OF: dict[str, Task] = {"t2i_pretrain_json": "text_to_image", "t2i_sft_json": "text_to_image", "edit_json": "image_edit"}
 
+MAX_PIXELS = 50_000_000  # of one image, before it is decoded: 150 MB as RGB
 DRAWN_SIZE = 64  # pixels a side of a drawn image
 KINDS = {"single": 0.1, "position": 0.2, "relation": 0.3, "count": 0.2, "two": 0.15, "word": 0.05}
 EDITS = {"recolor": 0.3, "remove": 0.25, "add": 0.25, "move": 0.2}
@@ -49,6 +50,16 @@ class TextRules(Settings):
     scripts: tuple[str, ...] | None = Field(
         None, description="first words of Unicode names (latin, cjk, ...) that most letters must be of; null for any"
     )
+
+
+class ImageRules(Settings):
+    """What an image must be to become part of a shard, and how it is encoded where it can't stay as it is."""
+
+    max_bytes: int = Field(50_000_000, ge=1, description="largest encoded file")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS, description="largest width x height, by the header; the loader's own cap")
+    min_side: int = Field(256, ge=1, description="smallest shorter side, pixels once upright; below it the image is dropped")
+    max_aspect: float = Field(4.0, ge=1, le=16, description="largest longer side over shorter side; beyond it the image is dropped")
+    jpeg_quality: int = Field(95, ge=75, le=100, description="of JPEG files encoded again, at 4:4:4")
 
 
 class PartConfig(Settings):

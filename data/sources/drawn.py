@@ -5,7 +5,8 @@ from pathlib import Path
 
 from data.config import PartConfig
 from data.drawn import EDITS, KINDS, draw_image_edit, draw_text_to_image
-from data.records import Record, encode_png
+from data.images import encode_png
+from data.records import Record
 
 
 class Drawn:
