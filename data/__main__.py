@@ -1,4 +1,4 @@
-"""python -m data shards PART | mixture STAGE | inspect PART | verify PART | diff A B | quarantine list|redrive PART | pin PART | catalog | plan"""
+"""python -m data VERB: build, mix, check and look at training data; --help lists the verbs."""
 
 import argparse
 import random
@@ -30,8 +30,23 @@ def main() -> None:
     quarantine.add_argument("part")
     quarantine.add_argument("--reason")
     verbs.add_parser("pin", help="the content digest of a part's source, for params.yaml").add_argument("part")
+    verbs.add_parser("catalog", help="the paper's data sets, and what each stage draws of them")
+    plan = verbs.add_parser("plan", help="shards, bytes, hours and cores that the catalogue takes")
+    plan.add_argument("--preset", default="deepgen-5b", help="whose shards and GPUs are planned")
+    plan.add_argument("--rates", type=Path, help="JSON with measured rates; those it lacks are assumed")
+    plan.add_argument("--cores", type=int, default=64, help="of one machine")
+    plan.add_argument("--machines", type=int, default=1)
     arguments = parser.parse_args()
     set_environment()
+
+    if arguments.verb == "catalog":
+        from data.catalog import load_catalog, print_catalog
+
+        print_catalog(load_catalog())
+        return
+    if arguments.verb == "plan":
+        _plan(arguments)
+        return
 
     from runtime.stage import open_stage
 
@@ -142,6 +157,29 @@ def _pin(arguments: argparse.Namespace) -> None:
     digest = content_digest(part, root)
     state = "as params.yaml says" if digest == part.content else f"params.yaml says {part.content}"
     print(f"data.parts.{arguments.part}.content: {digest}  ({state})")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from data.catalog import load_catalog
+    from data.planning import plan, print_plan, read_rates
+    from runtime.params import load_params
+    from runtime.stage import find_root
+
+    presets = find_root() / "presets"
+    preset = presets / f"{arguments.preset}.yaml"
+    if not preset.is_file():
+        print(f"preset {arguments.preset!r} is unknown; allowed: {sorted(file.stem for file in presets.glob('*.yaml'))}", file=sys.stderr)
+        sys.exit(exits.FAILED)
+    params = load_params(preset)
+    try:
+        rates = read_rates(arguments.rates) if arguments.rates else {}
+        shard_samples, gpus = params.data.shard_samples, params.launch.processes
+        rows = plan(load_catalog(), rates, arguments.cores, arguments.machines, gpus, shard_samples)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(exits.FAILED)
+    print(f"{preset.stem}: {gpus} GPUs; built on {arguments.machines} x {arguments.cores} cores\n")
+    print_plan(rows, rates)
 
 
 if __name__ == "__main__":
