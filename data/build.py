@@ -23,7 +23,8 @@ from data.sources import open_source
 from runtime.exits import exit_with_parent
 from runtime.files import sha256_file, sha256_json, write_atomic, write_json
 
-Work, Done = TypeVar("Work"), TypeVar("Done")
+Work = TypeVar("Work")
+Done = TypeVar("Done")
 TABLES = ("index.npy", "rows.parquet", "set_aside.parquet")
 
 

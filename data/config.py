@@ -48,7 +48,7 @@ class TextRules(Settings):
         description="prompts that say nothing, folded to lower case without a full stop",
     )
     scripts: tuple[str, ...] | None = Field(
-        None, description="first words of Unicode names (latin, cjk, ...) that most letters must be of; null for any"
+        default=None, description="first words of Unicode names (latin, cjk, ...) that most letters must be of; null for any"
     )
 
 
@@ -141,7 +141,7 @@ class DataConfig(Settings):
     evaluation_prompts: tuple[str, ...] = Field(
         (), description="prompt files that no training sample may repeat, beside the parts whose split is evaluation"
     )
-    near_distance: int = Field(2, ge=0, le=8, description="bits of 64 that the hashes of near duplicates may differ by")
+    near_distance: int = Field(2, ge=0, le=2, description="bits of 64 that the hashes of near duplicates may differ by")
     parts: dict[PartName, PartConfig] = Field(min_length=1)
 
     @property

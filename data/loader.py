@@ -107,11 +107,11 @@ def parse_sample(content: bytes, name: str) -> Sample:
     """
     members = split_members(content, name)
     key = next(iter(members)).partition(".")[0]
-    facts = json.loads(members.pop(f"{key}.json"))
+    facts = json.loads(bytes(members.pop(f"{key}.json")))
     images = {}
     for member, image in members.items():
         role, _, _ = member.removeprefix(f"{key}.").rpartition(".")
-        images[role] = decode_image(image, f"{name} {member}")
+        images[role] = decode_image(bytes(image), f"{name} {member}")
     target = images.pop("tgt")
     return Sample(
         key=key,
@@ -155,8 +155,8 @@ class Loader:
     """Batches of a stage's mixture, without end, from micro-batch `start`.
 
     A micro-batch has one task and one size, the same on every rank; tasks follow the ratio in a fixed cycle. Each rank takes its slice of
-    the global micro-batch, so that the union over ranks is the same whatever their number. Batch number n is a function of n alone: workers,
-    and batches that they made ahead, are no part of the state.
+    the global micro-batch, so that the union over ranks is the same whatever their number. Batch number n is a function of n alone: workers
+    and the batches that they made ahead are no part of the state.
 
     Args:
         mixture: as resolved by `resolve_mixture`.

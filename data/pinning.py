@@ -25,6 +25,6 @@ def check_content(name: str, part: PartConfig, root: Path) -> None:
     found = content_digest(part, root)
     if found != part.content:
         raise OtherContent(
-            f"data.parts.{name}.content: {part.content} in params.yaml, but {part.path} holds {found}. If it is meant to be read as it is now, "
-            f"write that digest there (`python -m data pin {name}` prints it)."
+            f"data.parts.{name}.content: {part.content} in params.yaml, but {part.path} holds {found}. If it is meant to be read as it is "
+            f"now, write that digest there (`python -m data pin {name}` prints it)."
         )

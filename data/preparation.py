@@ -17,7 +17,7 @@ from data.images import BadImage, PreparedImage, buckets, prepare_image
 from data.records import Reason, Record, Refused
 from data.rows import PREPARED, SET_ASIDE, packed, refused_row, write_table
 from data.rules import judge
-from data.sources import open_source
+from data.sources import Source, open_source
 from runtime.files import fsync_folder, read_json, sha256_bytes, sha256_file, sha256_json, write_json
 
 FORMAT = 2
@@ -85,7 +85,7 @@ def prepare_chunk(chunk: Chunk, folder: Path) -> ChunkReceipt:
     refused: list[tuple[int, Refused]] = []
     temporary = files["spool"].with_name(f".{files['spool'].name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as spool:
-        for number, record in enumerate(open_source(chunk.part, chunk.config, chunk.root).read(chunk.start, chunk.stop), chunk.start):
+        for number, record in enumerate(_source(chunk).read(chunk.start, chunk.stop), chunk.start):
             made = record if isinstance(record, Refused) else prepare(record, chunk.config, chunk.rules, sizes)
             if isinstance(record, Refused) or isinstance(made, Refused):
                 refused.append((number, made))  # type: ignore[arg-type]
@@ -106,6 +106,18 @@ def prepare_chunk(chunk: Chunk, folder: Path) -> ChunkReceipt:
         raise AssertionError(f"{chunk.part} {chunk.name}: {receipt.records} records, {len(rows)} prepared and {len(refused)} refused")
     write_json(folder / f"{chunk.name}.json", asdict(receipt))
     return receipt
+
+
+_opened: dict[str, Source] = {}
+
+
+def _source(chunk: Chunk) -> Source:
+    """The chunk's source, opened once a process: opening may mean to index a large file."""
+    key = sha256_json([chunk.part, chunk.config.model_dump(mode="json"), str(chunk.root)])
+    if key not in _opened:
+        _opened.clear()
+        _opened[key] = open_source(chunk.part, chunk.config, chunk.root)
+    return _opened[key]
 
 
 def prepare(

@@ -1,12 +1,11 @@
-"""Samples that lie in a part's tars and are not read: taken down, or part of an evaluation set. Taken out at the index, no tar is rewritten."""
+"""Samples that lie in a part's tars and are not read: taken down, or in an evaluation set. Taken out at the index: no tar is rewritten."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data.config import DataConfig, MixtureConfig
-from data.decontamination import EvaluationIndex
+from data.decontamination import EvaluationIndex, ImageHashes
+from data.prompts import read_prompts
 from data.records import Reason, Refused
 from data.rows import read_table
 
@@ -48,7 +47,7 @@ def find_removed(stage: str, config: MixtureConfig, data: DataConfig, shards: Pa
             known = {sample["key"], sample["source_id"], *(image["found_sha256"] for image in sample["images"])}
             if hit := known & takedown:
                 gone[row] = _refused(sample, Reason.TAKEDOWN, f"{hit.pop()} is in {TAKEDOWN}")
-            elif index is not None and policy != "allow" and (found := _leak(index, sample)):
+            elif index is not None and policy != "allow" and (found := index.leak(sample["prompt"], _hashes(sample))):
                 gone[row] = _refused(sample, Reason.EVALUATION_LEAK, found)
                 leaks.append(gone[row])
         if leaks and policy == "fail":
@@ -66,10 +65,8 @@ def evaluation_index(data: DataConfig, shards: Path, root: Path) -> EvaluationIn
     Raises:
         FileNotFoundError: an evaluation part is not built: nothing can be said to be clean of it.
     """
-    files = [root / path for path in data.evaluation_prompts]
-    prompts: dict[str, list[str]] = {}
-    pixels: dict[str, str] = {}
-    hashes: dict[int, str] = {}
+    prompts: dict[str, list[str]] = {path: read_prompts(root / path) for path in data.evaluation_prompts}
+    images: dict[str, list[ImageHashes]] = {}
     for name, part in data.parts.items():
         if part.split != "evaluation":
             continue
@@ -79,16 +76,12 @@ def evaluation_index(data: DataConfig, shards: Path, root: Path) -> EvaluationIn
             )
         rows = read_table(shards / name / "rows.parquet", COLUMNS).to_pylist()
         prompts[name] = [row["prompt"] for row in rows]
-        for row in rows:
-            for image in row["images"]:
-                pixels[image["pixel_sha256"]] = hashes[image["perceptual_hash"]] = f"{name} {row['source_id']}"
-    return EvaluationIndex.build(files, prompts, pixels, hashes, data.near_distance)
+        images[name] = [hashes for row in rows for hashes in _hashes(row)]
+    return EvaluationIndex(prompts, images)
 
 
-def _leak(index: EvaluationIndex, sample: dict[str, Any]) -> str | None:
-    pixels = [image["pixel_sha256"] for image in sample["images"]]
-    hashes = np.array([image["perceptual_hash"] for image in sample["images"]], np.uint64)
-    return index.leak(sample["prompt"], pixels, hashes)
+def _hashes(sample: dict[str, Any]) -> list[ImageHashes]:
+    return [ImageHashes(image["pixel_sha256"], image["perceptual_hash"]) for image in sample["images"]]
 
 
 def _refused(sample: dict[str, Any], reason: Reason, message: str) -> Refused:

@@ -31,7 +31,7 @@ def find_duplicates(rows: pa.Table, policy: Deduplicate, distance: int) -> dict[
         return refused
     kept = np.array([row for row in range(len(rows)) if row not in refused])
     hashes = {end: np.array([images[row][place]["perceptual_hash"] for row in kept], np.uint64) for end, place in (("tgt", -1), ("src", 0))}
-    pairs = near_pairs(hashes["tgt"], distance)
+    pairs = near_pairs(hashes["tgt"], distance).pairs
     apart = np.bitwise_count(hashes["src"][pairs[:, 0]] ^ hashes["src"][pairs[:, 1]]) > distance
     edits = np.array([tasks[row] == "image_edit" for row in kept], bool)
     same_words = np.array([prompts[kept[a]] == prompts[kept[b]] for a, b in pairs], bool)

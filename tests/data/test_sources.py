@@ -13,7 +13,8 @@ import pytest
 from pydantic import ValidationError
 
 from data.config import DRAWN_SIZE, SETTINGS, DataConfig, PartConfig, SourceKind
-from data.records import Reason, Record, Refused, encode_png
+from data.images import encode_png
+from data.records import Reason, Record, Refused
 from data.sources import FORMATS, Source, open_source, read_record
 from data.sources import files as source_files
 
