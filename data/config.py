@@ -44,7 +44,7 @@ class TextRules(Settings):
 
     max_characters: PositiveInt = 4000
     boilerplate: tuple[str, ...] = Field(
-        ("image", "photo", "picture", "an image", "a photo", "untitled", "no caption", "n/a", "none", "null", "stock photo"),
+        default=("image", "photo", "picture", "an image", "a photo", "untitled", "no caption", "n/a", "none", "null", "stock photo"),
         description="prompts that say nothing, folded to lower case without a full stop",
     )
     scripts: tuple[str, ...] | None = Field(
@@ -55,11 +55,13 @@ class TextRules(Settings):
 class ImageRules(Settings):
     """What an image must be to become part of a shard, and how it is encoded where it can't stay as it is."""
 
-    max_bytes: int = Field(50_000_000, ge=1, description="largest encoded file")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS, description="largest width x height, by the header; the loader's own cap")
-    min_side: int = Field(256, ge=1, description="smallest shorter side, pixels once upright; below it the image is dropped")
-    max_aspect: float = Field(4.0, ge=1, le=16, description="largest longer side over shorter side; beyond it the image is dropped")
-    jpeg_quality: int = Field(95, ge=75, le=100, description="of JPEG files encoded again, at 4:4:4")
+    max_bytes: int = Field(default=50_000_000, ge=1, description="largest encoded file")
+    max_pixels: int = Field(
+        default=MAX_PIXELS, ge=1, le=MAX_PIXELS, description="largest width x height, by the header; the loader's own cap"
+    )
+    min_side: int = Field(default=256, ge=1, description="smallest shorter side, pixels once upright; below it the image is dropped")
+    max_aspect: float = Field(default=4.0, ge=1, le=16, description="largest longer side over shorter side; beyond it the image is dropped")
+    jpeg_quality: int = Field(default=95, ge=75, le=100, description="of JPEG files encoded again, at 4:4:4")
 
 
 class PartConfig(Settings):
