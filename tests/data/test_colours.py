@@ -48,8 +48,12 @@ def test_broken_exif_and_broken_profiles_leave_the_pixels_and_are_told():
 
 
 def test_a_profile_of_another_kind_of_colour_is_ignored():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    gray = srgb.replace(b"RGB XYZ ", b"GRAYXYZ ").replace(b"rTRC", b"kTRC")
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    assert prepare(encode(NOISE, icc_profile=lab)).changes == ("icc_ignored",)
+    assert prepare(encode(NOISE, icc_profile=gray)).changes == prepare(encode(NOISE, icc_profile=lab)).changes == ("icc_ignored",)
+    assert prepare(encode(NOISE[:, :, 0], icc_profile=gray)).changes == ()
+    assert prepare(encode(Image.fromarray(NOISE).convert("CMYK"), "JPEG", icc_profile=srgb)).changes == ("icc_ignored", "cmyk_to_rgb")
 
 
 def test_a_profile_is_followed_to_srgb():
@@ -89,13 +93,16 @@ def test_what_is_transparent_becomes_white():
     assert (pixels_of(key) == 255).all()
 
 
-def test_a_transparent_gray_of_few_bits_is_scaled_like_the_pixels():
-    gray = encode(Image.new("L", (64, 64), 5))  # five of fifteen, once its header says four bits
-    header = b"IHDR" + struct.pack(">IIBBBBB", 64, 64, 4, 0, 0, 0, 0)
-    data = zlib.compress((b"\0" + b"\x55" * 32) * 64)
-    chunks = [header, b"tRNS\0\5", b"IDAT" + data, b"IEND"]
-    content = gray[:8] + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-    assert (pixels_of(content) == 255).all()
+@pytest.mark.parametrize(
+    "depth, kind, value", [(4, 0, 5), (16, 0, 0x1234), (16, 2, 0x1234)], ids=["gray of 4", "gray of 16", "colour of 16"]
+)
+def test_a_transparent_colour_is_scaled_like_the_pixels(depth: int, kind: int, value: int):
+    channels = 3 if kind == 2 else 1
+    row = b"\x55" * 32 if depth == 4 else struct.pack(">H", value) * channels * 64
+    header = b"IHDR" + struct.pack(">IIBBBBB", 64, 64, depth, kind, 0, 0, 0)
+    chunks = [header, b"tRNS" + struct.pack(">H", value) * channels, b"IDAT" + zlib.compress((b"\0" + row) * 64), b"IEND"]
+    content = b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    assert (pixels_of(b"\x89PNG\r\n\x1a\n" + content) == 255).all()
 
 
 def test_cmyk_becomes_rgb():

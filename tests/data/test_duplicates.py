@@ -58,6 +58,8 @@ def test_a_crowded_bucket_is_capped_and_the_cap_is_told():
     pairs, skipped = near_pairs(crowd, bucket_cap=100)
     assert skipped >= 399 * 400 // 2
     assert near_pairs(crowd, bucket_cap=499).skipped == 0
+    three = np.arange(3, dtype=np.uint64)
+    assert len(near_pairs(three, bucket_cap=2).pairs) == 3 and len(near_pairs(three, bucket_cap=1).pairs) == 2
     doubled = near_pairs(np.concatenate([crowd, crowd]), bucket_cap=1)
     standing = keep_first(doubled.pairs, 1000)
     assert (standing[500:] <= np.arange(500)).all(), "an equal hash was lost to the cap"

@@ -85,6 +85,11 @@ def test_damage_inside_a_whole_file_is_no_truncation():
     assert refusal(bytes(png)) is Reason.DECODE_FAILED and refusal(emptied) is Reason.DECODE_FAILED
 
 
+def test_a_jpeg_that_two_decoders_size_differently_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("simplejpeg.decode_jpeg_header", lambda content: (64, 65, "YCbCr", "420"))
+    assert refusal(encode(NOISE, "JPEG")) is Reason.DECODE_FAILED
+
+
 def test_flipped_bits_end_in_an_image_or_a_reason():
     for format in ("JPEG", "PNG", "WEBP"):
         whole, dice = encode(SMOOTH, format), np.random.default_rng(1)

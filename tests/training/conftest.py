@@ -45,7 +45,8 @@ def make_project(root: Path, params: dict) -> Path:
         (root / name).symlink_to(REPO / name)
     (root / "foundation").mkdir()
     (root / "foundation" / "params.yaml").write_text((REPO / "foundation" / "params.yaml").read_text())
-    shutil.copyfile(REPO / "dvc.yaml", root / "dvc.yaml")
+    for name in ("dvc.yaml", "takedown.txt"):
+        shutil.copyfile(REPO / name, root / name)
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     for part in params["data"]["parts"]:
         with begin(root, f"shards@{part}") as run:
