@@ -1,6 +1,7 @@
 """Small helpers between data and model: groups of samples, images as pixels."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,12 @@ def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Runs of `size` items; the last may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def one_size_batches(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Up to `size` samples that can be stacked: neighbours of the same shapes. Parts lie sorted by them."""
+    for _, run in groupby(samples, lambda sample: [image.shape for image in (sample.target, *sample.references)]):
+        yield from batched(list(run), size)
 
 
 def stack_pixels(images: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CAPTION = 14
 
@@ -20,7 +20,7 @@ def save_grid(rows: Sequence[Sequence[np.ndarray]], path: Path, captions: Sequen
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             place = (4 + c * (width + 4), 4 + r * (tall + 4))
-            sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), place)
+            sheet.paste(ImageOps.contain(Image.fromarray(image), (width, height), Image.Resampling.NEAREST), place)
             if captions:
                 draw.text((place[0] + 1, place[1] + height + 1), fitted(captions[r][c], width, font), fill=(30, 30, 30), font=font)
     path.parent.mkdir(parents=True, exist_ok=True)

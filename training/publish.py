@@ -13,7 +13,7 @@ from model.vae import encode_images
 from model.weights import save_model
 from runtime.files import read_json, write_json
 from runtime.stage import StageRun
-from training.batching import batched, reference_pixels, stack_pixels
+from training.batching import batched, one_size_batches, reference_pixels, stack_pixels
 from training.losses import flow_matching_loss
 from training.pictures import save_curves, save_grid
 from training.randomness import quantiles, sample_noise
@@ -70,9 +70,9 @@ def held_out_loss(run: StageRun, model: DeepGen) -> dict[str, float]:
     training = model.training
     model.eval()
     for part in run.params.evaluation.parts:
-        samples = list(read_part(run.root / "outputs" / "shards" / part))[:HELD_OUT]
+        samples = list(read_part(run.root / "outputs" / "shards" / part, HELD_OUT))
         total, seen = 0.0, 0
-        for batch in batched(samples, 32):
+        for batch in one_size_batches(samples, 32):
             positions = list(range(seen, seen + len(batch)))
             target = encode_images(model.vae, stack_pixels([sample.target for sample in batch], model.device))
             references = reference_pixels(batch, model.device)
@@ -98,7 +98,7 @@ def draw_board(run: StageRun, model: DeepGen, path: Any) -> None:
     config = run.params.evaluation
     rows, captions = [], []
     for part in config.parts:
-        samples = list(read_part(run.root / "outputs" / "shards" / part))[:BOARD]
+        samples = list(read_part(run.root / "outputs" / "shards" / part, BOARD))
         scored = score(model, samples, config.sampling_steps, config.guidance, config.batch_size, config.seed)
         for group in batched(scored, 8 if not samples[0].references else 3):
             rows.append(

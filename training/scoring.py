@@ -14,7 +14,7 @@ from model.deepgen import DeepGen
 from model.generate import generate
 from model.vae import to_uint8
 from runtime.keys import seed_from
-from training.batching import batched, reference_pixels
+from training.batching import one_size_batches, reference_pixels
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def score(
     seed: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Scored]:
-    """Make an image for every sample (one seed each, from its key) and verify it. Samples of a part share task and size."""
+    """Make an image for every sample (one seed each, from its key) and verify it. Samples of a part share the task."""
     scored: list[Scored] = []
     model.eval()
-    for batch in batched(list(samples), batch_size):
+    for batch in one_size_batches(list(samples), batch_size):
         references = reference_pixels(batch, model.device)
         pixels = generate(
             model,
