@@ -36,6 +36,16 @@ def main() -> None:
     plan.add_argument("--rates", type=Path, help="JSON with measured rates; those it lacks are assumed")
     plan.add_argument("--cores", type=int, default=64, help="of one machine")
     plan.add_argument("--machines", type=int, default=1)
+    add = verbs.add_parser("add", help="make a part of your own pictures, and write it into params.yaml")
+    add.add_argument("path", type=Path, help="a folder of images with captions or of edit triplets, a table, or tars")
+    add.add_argument("--task", required=True, choices=["text_to_image", "image_edit"])
+    add.add_argument("--licence", required=True, help="SPDX name, such as CC-BY-4.0")
+    add.add_argument("--name", help="of the part; default: from the path")
+    add.add_argument("--stage", default="sft", choices=["alignment", "sft", "mr_grpo"], help="whose mixture reads it")
+    add.add_argument("--weight", type=float, default=1.0, help="beside those of the mixture's other parts of the task")
+    add.add_argument(
+        "--column", action="append", default=[], metavar="FIELD=COLUMN", help="what a table calls prompt, image, references, ..."
+    )
     arguments = parser.parse_args()
     set_environment()
 
@@ -58,12 +68,16 @@ def main() -> None:
             (run_shards if arguments.verb == "shards" else run_mixture)(run)
         return
 
+    from data.adding import CannotAdd
     from data.images import BadImage
     from data.shards import ShardMismatch
+    from runtime.params import ParamsError
 
     try:
-        {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin}[arguments.verb](arguments)
-    except (ShardMismatch, BadImage, FileNotFoundError, ValueError) as error:
+        {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}[arguments.verb](
+            arguments
+        )
+    except (ShardMismatch, BadImage, CannotAdd, ParamsError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(exits.FAILED)
 
@@ -157,6 +171,36 @@ def _pin(arguments: argparse.Namespace) -> None:
     digest = content_digest(part, root)
     state = "as params.yaml says" if digest == part.content else f"params.yaml says {part.content}"
     print(f"data.parts.{arguments.part}.content: {digest}  ({state})")
+
+
+def _add(arguments: argparse.Namespace) -> None:
+    import re
+
+    from data.adding import CannotAdd, add_to_params, described, try_part
+    from data.quarantine import set_aside
+    from data.sources import open_source
+    from runtime.params import load_params
+    from runtime.progress import Progress
+    from runtime.stage import find_root
+
+    root = find_root()
+    params = load_params(root / "params.yaml")
+    name = arguments.name or re.sub(r"[^a-z0-9_]+", "_", arguments.path.resolve().stem.lower()).strip("_")
+    if name in params.data.parts:
+        raise CannotAdd(f"data.parts: {name!r} is there already; choose another --name, or change the part in params.yaml.")
+    columns = dict(pair.split("=", 1) for pair in arguments.column if "=" in pair)
+    part = described(root, arguments.path, arguments.task, arguments.licence, columns or None)
+    folder = root / "outputs" / "added" / name
+    with Progress(len(open_source(name, part, root)), "record", name) as progress:
+        manifest, pictures = try_part(root, params.data, name, part, folder, progress.update)
+    for row in set_aside(folder)[:20]:
+        print(f"  {row['ending']:13} {row['reason']:19} {row['source_id']}: {row['message']}")
+    print(f"{name}: " + ", ".join(f"{ending} {number}" for ending, number in manifest["counts"].items()))
+    add_to_params(root / "params.yaml", name, part, arguments.stage, arguments.weight)
+    print("pictures: " + ", ".join(str(picture.relative_to(root)) for picture in pictures))
+    print(
+        f"params.yaml has data.parts.{name} now, and the {arguments.stage} mixture reads it at weight {arguments.weight}. Next: deepgen run"
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> None:

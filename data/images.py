@@ -39,6 +39,11 @@ UPRIGHT_BY = {
 TEXT_BOMB = re.compile(r"Decompressed data too large|Too much memory used in text chunks")
 
 
+# Bombs are refused by our own, stricter cap, and of broken metadata we keep nothing. Here and not around each call: catch_warnings changes
+# what other threads see.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+
+
 class BadImage(Exception):
     """Bytes that are no image we take. `reason` says why, the message names the file."""
 
@@ -48,6 +53,10 @@ class BadImage(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+class WrongBuffer(ValueError):
+    """The caller's array is not what the image needs: no fault of the image."""
 
 
 @dataclass(frozen=True)
@@ -143,20 +152,27 @@ def decode_image(content: bytes, name: str, out: np.ndarray | None = None) -> np
 
     Raises:
         BadImage: naming `name`: not JPEG, PNG or WebP, cut short, or of more than 50 million pixels by its header.
-        ValueError: `out` is not of the image's shape.
+        WrongBuffer: `out` is not of the image's shape.
     """
     with _decoding(content, name):
-        image, format = _open(content, name, MAX_PIXELS)
-    if out is not None and (out.shape != (image.height, image.width, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous):
-        raise ValueError(f"{name}: out is {out.dtype} {out.shape}; expected contiguous uint8 {(image.height, image.width, 3)}")
-    with _decoding(content, name):
-        if format == "JPEG" and image.mode in ("L", "RGB"):
-            return _decode_jpeg(content, image.size, "RGB", out)
+        if format_of(content) == "JPEG":  # the loader's hot path: Pillow takes longer to open a file than libjpeg over its header
+            height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+            _check_pixels((width, height), name, MAX_PIXELS)
+            if space != "CMYK" and space != "YCCK":
+                _check_buffer(out, (height, width, 3), name)
+                return simplejpeg.decode_jpeg(content, "RGB", buffer=out)
+        image, _ = _open(content, name, MAX_PIXELS)
         pixels = np.asarray(image.convert("RGB"))
     if out is None:
         return pixels
+    _check_buffer(out, pixels.shape, name)
     np.copyto(out, pixels)
     return out
+
+
+def _check_buffer(out: np.ndarray | None, shape: tuple[int, ...], name: str) -> None:
+    if out is not None and (out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous):
+        raise WrongBuffer(f"{name}: out is {out.dtype} {out.shape}; expected contiguous uint8 {shape}")
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -176,10 +192,8 @@ def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
 def _decoding(content: bytes, name: str) -> Iterator[None]:
     """Whatever a decoder makes of hostile bytes leaves as BadImage. Running out of memory is not the image's fault and passes."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bombs by our own, stricter cap; of broken metadata we keep nothing
-            yield
-    except (BadImage, MemoryError):
+        yield
+    except (BadImage, WrongBuffer, MemoryError):
         raise
     except Exception as error:  # SyntaxError, EOFError, struct.error, OverflowError: all were seen
         format = format_of(content)

@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,13 +84,22 @@ class Part:
         return self.manifest["samples"]
 
     def __getitem__(self, row: int) -> Sample:
+        return self.read(row, {})
+
+    def read(self, row: int, out: Mapping[str, np.ndarray]) -> Sample:
+        """Sample number `row`, its images decoded into the arrays of `out` (role -> uint8 (H, W, 3)) where there is one."""
         shard, offset, size = (int(value) for value in self.index[row])
-        with self.opening:
-            if shard not in self.handles:
-                entry = self.manifest["shards"][shard]
-                check_file(self.folder / entry["name"], entry["sha256"])
-                self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
-        return parse_sample(os.pread(self.handles[shard], size, offset), f"{self.folder.name} row {row}")
+        if shard not in self.handles:
+            with self.opening:
+                self._open(shard)
+        return parse_sample(os.pread(self.handles[shard], size, offset), f"{self.folder.name} row {row}", out)
+
+    def _open(self, shard: int) -> None:
+        """Check the whole tar, once, whichever thread comes first."""
+        if shard not in self.handles:
+            entry = self.manifest["shards"][shard]
+            check_file(self.folder / entry["name"], entry["sha256"])
+            self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
 
     def close(self) -> None:
         for handle in self.handles.values():
@@ -98,7 +107,7 @@ class Part:
         self.handles.clear()
 
 
-def parse_sample(content: bytes, name: str) -> Sample:
+def parse_sample(content: bytes, name: str, out: Mapping[str, np.ndarray]) -> Sample:
     """The tar members of one sample -> Sample; nothing but json and images is looked at.
 
     Raises:
@@ -111,7 +120,7 @@ def parse_sample(content: bytes, name: str) -> Sample:
     images = {}
     for member, image in members.items():
         role, _, _ = member.removeprefix(f"{key}.").rpartition(".")
-        images[role] = decode_image(bytes(image), f"{name} {member}")
+        images[role] = decode_image(bytes(image), f"{name} {member}", out.get(role))
     target = images.pop("tgt")
     return Sample(
         key=key,
@@ -139,6 +148,13 @@ def split_members(content: bytes, name: str) -> dict[str, memoryview]:
         members[header[:100].rstrip(b"\0").decode("ascii")] = view[place + BLOCK : place + BLOCK + size]
         place += BLOCK + -(-size // BLOCK) * BLOCK
     return members
+
+
+def shapes_of(bucket: str) -> dict[str, tuple[int, int]]:
+    """Role -> (height, width) of a bucket's images: "64x96<32x32" is a target 64 wide and 96 high, made from one reference."""
+    sizes = [size.split("x") for size in bucket.split("<")]
+    roles = ["tgt", *(f"src.{i}" for i in range(len(sizes) - 1))]
+    return {role: (int(height), int(width)) for role, (width, height) in zip(roles, sizes, strict=True)}
 
 
 def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
@@ -240,14 +256,17 @@ class Loader:
         nth = turn * self.cycle.count(task) + self.cycle[:place].count(task)
         share = self.batch_size // self.world_size
         first = self.rank * share
-        _, addresses = self.streams[task].batch(nth, self.batch_size)
-        samples = [self.parts[part][row] for part, row in addresses[first : first + share]]
+        size, addresses = self.streams[task].batch(nth, self.batch_size)
+        images = {role: np.empty((share, *shape, 3), np.uint8) for role, shape in shapes_of(size).items()}
+        samples = []
+        for i, (part, row) in enumerate(addresses[first : first + share]):
+            samples.append(self.parts[part].read(row, {role: pixels[i] for role, pixels in images.items()}))
         return Batch(
             index=index,
             task=task,
             prompts=tuple(sample.prompt for sample in samples),
-            target_images=np.stack([sample.target for sample in samples]),
-            reference_images=tuple(np.stack(images) for images in zip(*(sample.references for sample in samples), strict=True)),
+            target_images=images.pop("tgt"),
+            reference_images=tuple(images.values()),
             keys=tuple(sample.key for sample in samples),
             scenes=tuple(sample.scene for sample in samples),
             positions=tuple(index * self.batch_size + first + i for i in range(share)),

@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 preset_app = typer.Typer(no_args_is_help=True, help="Complete alternatives of params.yaml.")
 app.add_typer(preset_app, name="preset")
+data_app = typer.Typer(no_args_is_help=True, help="Training data of your own.")
+app.add_typer(data_app, name="data")
 fetch_app = typer.Typer(help="The one command that opens the network: published weights and data sets, by pinned revision, verified.")
 app.add_typer(fetch_app, name="fetch")
 
@@ -159,6 +161,18 @@ def rollback() -> None:
 
     root = _root()
     typer.echo(roll_back(root, load_params(root / "params.yaml")).message)
+
+
+@data_app.command("add", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def data_add(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(help="A folder of images with captions or of edit triplets, a table, or tars.")],
+    task: Annotated[str, typer.Option(help="text_to_image or image_edit.")],
+    licence: Annotated[str, typer.Option(help="SPDX name, such as CC-BY-4.0.")],
+) -> None:
+    """Show what a build makes of your pictures, and write them into params.yaml as a part. More options: python -m data add --help."""
+    command = [sys.executable, "-m", "data", "add", str(path.absolute()), "--task", task, "--licence", licence, *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=_root()).returncode)
 
 
 @preset_app.command("list")
