@@ -82,7 +82,7 @@ class TaskStream:
             place, turn = apportion(i, self.part_shares[bucket])
             group = self.groups[bucket][place]
             epoch, position = divmod(turn, group.samples)
-            key = seed_from("order", self.seed, self.task, group.part, group.bucket, epoch)
+            key = seed_from("order", self.seed, self.task, group.part, epoch)
             addresses.append((group.part, group.row(permuted(position, group.samples, key))))
         return self.groups[bucket][0].bucket, addresses
 
