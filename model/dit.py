@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.config import DiTConfig
 from model.joint_block import Batched, JointBlock, Layout, Packed
 
-FEW_TOKENS = 256  # a call on fewer image tokens costs a CPU more in overhead than packing does
+FEW_TOKENS = 1024  # a call on fewer image tokens costs a CPU more (overhead, one more gradient to add up) than packing does
 
 
 class DeepGenTransformer(SD3Transformer2DModel):

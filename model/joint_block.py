@@ -47,11 +47,16 @@ class Packed:
     """One row of all tokens: every row's image tokens, then every row's prompt tokens. A token sees those of its own row.
 
     image_rows (N,) and prompt_rows (M,) say whose each token is. On a GPU attention is one call under a block mask; elsewhere, where
-    FlexAttention has no backward pass, one call a row.
+    FlexAttention has no backward pass, one call a row: `order` (N + M,) brings each row's image and prompt tokens together, `back` takes
+    them apart again.
     """
 
     image_rows: Tensor
     prompt_rows: Tensor
+    image_lengths: list[int]
+    joint_lengths: list[int]
+    order: Tensor
+    back: Tensor
     joint: BlockMask | None
     image: BlockMask | None
 
@@ -61,9 +66,11 @@ class Packed:
         rows = torch.arange(len(image_lengths), device=device)
         image_rows = rows.repeat_interleave(torch.tensor(image_lengths, device=device))
         prompt_rows = rows.repeat_interleave(torch.tensor(prompt_lengths, device=device))
-        if device.type != "cuda":
-            return Packed(image_rows, prompt_rows, None, None)
-        return Packed(image_rows, prompt_rows, _same_row(torch.cat([image_rows, prompt_rows])), _same_row(image_rows))
+        owners = torch.cat([image_rows, prompt_rows])
+        order = torch.argsort(owners, stable=True)
+        joint_lengths = [image + prompt for image, prompt in zip(image_lengths, prompt_lengths, strict=True)]
+        joint, image = (_same_row(owners), _same_row(image_rows)) if device.type == "cuda" else (None, None)
+        return Packed(image_rows, prompt_rows, image_lengths, joint_lengths, order, torch.argsort(order), joint, image)
 
     def over_image(self, modulation_BD: Tensor) -> Tensor:
         return F.embedding(self.image_rows, modulation_BD)[None]  # the backward pass of plain indexing is many times slower
@@ -73,12 +80,13 @@ class Packed:
 
     def attend_jointly(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.joint is None:
-            return _attend_by_row(query, key, value, torch.cat([self.image_rows, self.prompt_rows]))
+            query, key, value = (tokens.index_select(2, self.order) for tokens in (query, key, value))
+            return _attend_by_row(query, key, value, self.joint_lengths).index_select(2, self.back)
         return _flex()(query, key, value, block_mask=self.joint)
 
     def attend_in_image(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.image is None:
-            return _attend_by_row(query, key, value, self.image_rows)
+            return _attend_by_row(query, key, value, self.image_lengths)  # a row's image tokens lie together
         return _flex()(query, key, value, block_mask=self.image)
 
 
@@ -89,12 +97,9 @@ def _same_row(owners: Tensor) -> BlockMask:
     return create_block_mask(mask, None, None, len(owners), len(owners), device=str(owners.device))
 
 
-def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, owners: Tensor) -> Tensor:
-    order = torch.argsort(owners, stable=True)
-    lengths = torch.bincount(owners).tolist()
-    rows = zip(*(t.index_select(2, order).split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    made = torch.cat([F.scaled_dot_product_attention(*row) for row in rows], dim=2)
-    return made.index_select(2, torch.argsort(order))
+def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    rows = zip(*(tokens.split(lengths, dim=2) for tokens in (query, key, value)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*row) for row in rows], dim=2)
 
 
 @cache
