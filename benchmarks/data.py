@@ -148,7 +148,7 @@ def loading(shards: Path, number: int, rates: dict[str, float]) -> list[Row]:
 
 
 def _target(part: Part, row: int) -> bytes:
-    from data.loader import split_members
+    from data.shards import split_members
 
     shard, offset, size = (int(value) for value in part.index[row])
     part[row]

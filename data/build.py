@@ -1,6 +1,5 @@
 """A part's build, end to end: prepare its chunks, choose what is written, write the shards, account for every record."""
 
-import io
 import json
 import multiprocessing
 import signal
@@ -10,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 
 from data.config import DataConfig, PartConfig
@@ -18,10 +16,10 @@ from data.preparation import Chunk, ChunkReceipt, chunk_files, prepare_chunk
 from data.records import Refused
 from data.rows import PREPARED, SET_ASIDE, WRITTEN, read_table, refused_row, write_table
 from data.selection import find_duplicates
-from data.shards import FORMAT, INDEX, Receipt, build_shard, plan_shards
+from data.shards import FORMAT, Receipt, build_shard, index_of, plan_shards, save_index
 from data.sources import open_source
 from runtime.exits import exit_with_parent
-from runtime.files import sha256_file, sha256_json, write_atomic, write_json
+from runtime.files import sha256_file, sha256_json, write_json
 
 Work = TypeVar("Work")
 Done = TypeVar("Done")
@@ -91,10 +89,8 @@ def build_part(
 
 
 def _write_tables(folder: Path, chunks: Sequence[ChunkReceipt], written: pa.Table, later: pa.Table, shards: Sequence[Receipt]) -> None:
-    index = np.array([(shard, *span) for shard, receipt in enumerate(shards) for span in receipt.spans], INDEX)
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    write_atomic(folder / "index.npy", buffer.getvalue())
+    index = index_of(shards)
+    save_index(folder / "index.npy", index)
     for name in ("shard", "offset", "size"):
         written = written.append_column(WRITTEN.field(name), pa.array(index[name]))
     write_table(folder / "rows.parquet", written)

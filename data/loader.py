@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from data.images import decode_image
+from data.latents import Latents, parse_latents, stack_latents
 from data.mixture import TaskStream, cycle
-from data.shards import ShardMismatch, check_file
+from data.shards import ShardMismatch, check_file, split_members
 from runtime.files import read_json
 
 AHEAD = 2  # batches a worker makes ahead
@@ -39,11 +40,37 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """One sample as it lies in its tar. name: where, for messages; images: role -> bytes of a file."""
+
+    name: str
+    key: str
+    task: str
+    kind: str
+    prompt: str
+    scene: dict[str, Any]
+    images: dict[str, memoryview]
+
+    def image(self, role: str, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (H, W, 3), in `out` if given.
+
+        Raises:
+            BadImage: the image is not whole.
+        """
+        return decode_image(bytes(self.images[role]), f"{self.name} {self.key}.{role}", out)
+
+    def decode(self) -> Sample:
+        references = tuple(self.image(f"src.{i}") for i in range(len(self.images) - 1))
+        return Sample(self.key, self.task, self.kind, self.prompt, self.image("tgt"), references, self.scene)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples of one task and one size.
 
-    target_images uint8 (B, H, W, 3); reference_images k arrays (B, H, W, 3); positions: each sample's place in the stage's stream,
-    the same on whatever rank; index: the micro-batch.
+    target_images uint8 (B, H, W, 3), or no rows (0, H, W, 3) where `latents` are read in their place; reference_images k arrays
+    (B, H, W, 3), which the VLM looks at in any case; positions: each sample's place in the stage's stream, the same on whatever rank;
+    index: the micro-batch.
     """
 
     index: int
@@ -54,15 +81,20 @@ class Batch:
     keys: tuple[str, ...]
     scenes: tuple[dict[str, Any], ...]
     positions: tuple[int, ...]
+    latents: Latents | None = None
 
 
 class Part:
-    """Random access to a published part. Each tar's sha256 is checked before its first sample is read."""
+    """Random access to a published part, or to its latents. Each tar's sha256 is checked before its first sample is read.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        stage: of dvc.yaml, that makes the folder; by default the part's own.
+    """
+
+    def __init__(self, folder: Path, stage: str | None = None) -> None:
+        self.folder, self.stage = folder, stage or f"shards@{folder.name}"
         if not (folder / "manifest.json").is_file():
-            raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro shards@{folder.name}` or `deepgen run`.")
-        self.folder = folder
+            raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro {self.stage}` or `deepgen run`.")
         self.manifest = read_json(folder / "manifest.json")
         self.handles: dict[int, int] = {}
         self.opening = threading.Lock()
@@ -71,10 +103,10 @@ class Part:
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
                 raise ShardMismatch(
-                    f"{path}: {found}, its manifest says {shard['bytes']} bytes. Rebuild it with `dvc repro -f shards@{folder.name}`, "
+                    f"{path}: {found}, its manifest says {shard['bytes']} bytes. Rebuild it with `dvc repro -f {self.stage}`, "
                     "or `deepgen run`."
                 )
-        check_file(folder / "index.npy", self.manifest["files"]["index.npy"])
+        check_file(folder / "index.npy", self.manifest["files"]["index.npy"], self.stage)
 
     @cached_property
     def index(self) -> np.ndarray:
@@ -84,21 +116,25 @@ class Part:
         return self.manifest["samples"]
 
     def __getitem__(self, row: int) -> Sample:
-        return self.read(row, {})
+        return self.read(row).decode()
 
-    def read(self, row: int, out: Mapping[str, np.ndarray]) -> Sample:
-        """Sample number `row`, its images decoded into the arrays of `out` (role -> uint8 (H, W, 3)) where there is one."""
+    def read(self, row: int) -> Encoded:
+        """Sample number `row`, its images as they lie in the tar."""
+        return parse_sample(self.content(row), f"{self.folder.name} row {row}")
+
+    def content(self, row: int) -> bytes:
+        """The tar members of sample number `row`."""
         shard, offset, size = (int(value) for value in self.index[row])
         if shard not in self.handles:
             with self.opening:
                 self._open(shard)
-        return parse_sample(os.pread(self.handles[shard], size, offset), f"{self.folder.name} row {row}", out)
+        return os.pread(self.handles[shard], size, offset)
 
     def _open(self, shard: int) -> None:
         """Check the whole tar, once, whichever thread comes first."""
         if shard not in self.handles:
             entry = self.manifest["shards"][shard]
-            check_file(self.folder / entry["name"], entry["sha256"])
+            check_file(self.folder / entry["name"], entry["sha256"], self.stage)
             self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
 
     def close(self) -> None:
@@ -107,47 +143,17 @@ class Part:
         self.handles.clear()
 
 
-def parse_sample(content: bytes, name: str, out: Mapping[str, np.ndarray]) -> Sample:
-    """The tar members of one sample -> Sample; nothing but json and images is looked at.
+def parse_sample(content: bytes, name: str) -> Encoded:
+    """The tar members of one sample; nothing is decoded.
 
     Raises:
         ShardMismatch: naming `name`, where the bytes are no run of plain files.
-        BadImage: an image is not whole.
     """
     members = split_members(content, name)
     key = next(iter(members)).partition(".")[0]
     facts = json.loads(bytes(members.pop(f"{key}.json")))
-    images = {}
-    for member, image in members.items():
-        role, _, _ = member.removeprefix(f"{key}.").rpartition(".")
-        images[role] = decode_image(bytes(image), f"{name} {member}", out.get(role))
-    target = images.pop("tgt")
-    return Sample(
-        key=key,
-        task=facts["task"],
-        kind=facts["kind"],
-        prompt=facts["prompt"],
-        target=target,
-        references=tuple(images[f"src.{i}"] for i in range(len(images))),
-        scene=facts["scene"] or {},
-    )
-
-
-BLOCK = 512
-
-
-def split_members(content: bytes, name: str) -> dict[str, memoryview]:
-    """Member name -> bytes of a run of USTAR entries, without a copy: tarfile takes longer over headers than libjpeg over a small image."""
-    members: dict[str, memoryview] = {}
-    view, place = memoryview(content), 0
-    while place < len(content):
-        header = content[place : place + BLOCK]
-        if header[257:263] != b"ustar\0" or header[156:157] != b"0":
-            raise ShardMismatch(f"{name}: no plain file's USTAR header at byte {place} of its run; rebuild the part, with `dvc repro -f`.")
-        size = int(header[124:135], 8)
-        members[header[:100].rstrip(b"\0").decode("ascii")] = view[place + BLOCK : place + BLOCK + size]
-        place += BLOCK + -(-size // BLOCK) * BLOCK
-    return members
+    images = {member.removeprefix(f"{key}.").rpartition(".")[0]: image for member, image in members.items()}
+    return Encoded(name, key, facts["task"], facts["kind"], facts["prompt"], facts["scene"] or {}, images)
 
 
 def shapes_of(bucket: str) -> dict[str, tuple[int, int]]:
@@ -167,6 +173,22 @@ def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
         part.close()
 
 
+def open_latents(folder: Path, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The latents in `folder` of those `parts` that have them there.
+
+    Raises:
+        ShardMismatch: they were made from another version of the part.
+    """
+    found = {name: Part(folder / name, "latents") for name in parts if (folder / name / "manifest.json").is_file()}
+    for name, latents in found.items():
+        ours, theirs = parts[name].manifest["dataset_id"], latents.manifest["dataset_id"]
+        if ours != theirs:
+            raise ShardMismatch(
+                f"{latents.folder}: made from dataset {theirs[:12]}, {name} is {ours[:12]}. Make it again with `dvc repro -f latents`."
+            )
+    return found
+
+
 class Loader:
     """Batches of a stage's mixture, without end, from micro-batch `start`.
 
@@ -177,6 +199,7 @@ class Loader:
     Args:
         mixture: as resolved by `resolve_mixture`.
         shards: folder of published parts.
+        latents: folder of the parts' latents; a task whose parts have them there is read from them. None reads images only.
         batch_size: samples a micro-batch over all ranks; a multiple of `world_size`.
         workers: threads that make batches ahead (decoding leaves Python's lock alone); 0 makes each when it is asked for.
 
@@ -193,6 +216,7 @@ class Loader:
         world_size: int = 1,
         start: int = 0,
         workers: int = 0,
+        latents: Path | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size: {batch_size} samples can't be shared by {world_size} ranks; it must be a multiple.")
@@ -209,6 +233,11 @@ class Loader:
                         f"{part.folder}: dataset {part.manifest['dataset_id'][:12]}, the {mixture['stage']} mixture was made for "
                         f"{entry['dataset_id'][:12]}. Make it again with `dvc repro mixture@{mixture['stage']}`, or `deepgen run`."
                     )
+        self.latents = open_latents(latents, self.parts) if latents else {}
+
+    def _latents(self, addresses: Sequence[tuple[str, int]], samples: Sequence[Encoded]) -> Latents:
+        found = [(f"latents of {part} row {row}", self.latents[part].content(row)) for part, row in addresses]
+        return stack_latents([parse_latents(content, name, sample.key) for (name, content), sample in zip(found, samples, strict=True)])
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: which data, by dataset id and mixture hash, in which order, and the next global sample."""
@@ -257,10 +286,15 @@ class Loader:
         share = self.batch_size // self.world_size
         first = self.rank * share
         size, addresses = self.streams[task].batch(nth, self.batch_size)
-        images = {role: np.empty((share, *shape, 3), np.uint8) for role, shape in shapes_of(size).items()}
-        samples = []
-        for i, (part, row) in enumerate(addresses[first : first + share]):
-            samples.append(self.parts[part].read(row, {role: pixels[i] for role, pixels in images.items()}))
+        mine = addresses[first : first + share]
+        samples = [self.parts[part].read(row) for part, row in mine]
+        cached = all(part in self.latents for part, _ in addresses)
+        shapes = shapes_of(size)
+        rows = dict.fromkeys(shapes, share) | ({"tgt": 0} if cached else {})
+        images = {role: np.empty((rows[role], *shape, 3), np.uint8) for role, shape in shapes.items()}
+        for role, pixels in images.items():
+            for i in range(rows[role]):
+                samples[i].image(role, pixels[i])
         return Batch(
             index=index,
             task=task,
@@ -270,4 +304,5 @@ class Loader:
             keys=tuple(sample.key for sample in samples),
             scenes=tuple(sample.scene for sample in samples),
             positions=tuple(index * self.batch_size + first + i for i in range(share)),
+            latents=self._latents(mine, samples) if cached else None,
         )

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from data.preparation import chunk_files
-from runtime.files import fsync_folder, read_json, sha256_file, sha256_json, write_json
+from runtime.files import fsync_folder, read_json, sha256_file, sha256_json, write_atomic, write_json
 
 INDEX = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
 FORMAT = 2
+BLOCK = 512  # bytes that a tar is counted in
 
 
 class ShardMismatch(Exception):
@@ -73,29 +74,69 @@ def build_shard(plan: Plan, folder: Path) -> Receipt:
 
     No clock, no network, no shared state: the same plan gives the same bytes on any worker.
     """
-    tar, note = folder / plan.name, folder / plan.name.replace(".tar", ".json")
-    if note.exists() and tar.exists():
-        known = read_json(note)
-        if known["plan"] == plan.digest and sha256_file(tar) == known["sha256"]:
-            return Receipt(**known | {"spans": [tuple(span) for span in known["spans"]]})
-    temporary = folder / f".{plan.name}.{os.getpid()}.tmp"
-    spans = []
-    with open(temporary, "wb") as handle, ExitStack() as stack:
+    if known := finished_shard(folder, plan.name, plan.digest):
+        return known
+    with ExitStack() as stack:
         spools = {chunk: stack.enter_context(open(chunk_files(folder, chunk)["spool"], "rb")) for chunk, _ in plan.inputs}
+        samples = (_members(row, spools[chunk]) for (chunk, _), row in zip(plan.picks, plan.rows.to_pylist(), strict=True))
+        return write_shard(folder, plan.name, plan.digest, samples, check_images)
+
+
+def finished_shard(folder: Path, name: str, plan: str) -> Receipt | None:
+    """The receipt of an earlier run, if it is of this plan and its tar is whole."""
+    tar, note = folder / name, _note(folder, name)
+    if not (note.exists() and tar.exists()):
+        return None
+    known = read_json(note)
+    if known["plan"] != plan or sha256_file(tar) != known["sha256"]:
+        return None
+    return Receipt(**known | {"spans": [tuple(span) for span in known["spans"]]})
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    plan: str,
+    samples: Iterable[Iterable[tuple[str, bytes]]],
+    check: Callable[[dict[str, Any]], None],
+) -> Receipt:
+    """Write samples, each its tar members in order, as a tar that is whole or absent, and its receipt.
+
+    Args:
+        check: told of each sample as webdataset's stock reader gives it back; raises what is wrong with it.
+    """
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    spans = []
+    with open(temporary, "wb") as handle:
         with tarfile.open(fileobj=handle, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for (chunk, _), row in zip(plan.picks, plan.rows.to_pylist(), strict=True):
+            for members in samples:
                 begin = archive.offset
-                for name, content in _members(row, spools[chunk]):
-                    archive.addfile(_header(name, len(content)), io.BytesIO(content))
+                for member, content in members:
+                    archive.addfile(_header(member, len(content)), io.BytesIO(content))
                 spans.append((begin, archive.offset - begin))
         handle.flush()
         os.fsync(handle.fileno())
-    _verify_by_reading(temporary, len(plan.picks))
-    receipt = Receipt(plan.digest, plan.name, sha256_file(temporary), temporary.stat().st_size, len(plan.picks), spans)
-    os.rename(temporary, tar)
+    _verify_by_reading(temporary, len(spans), check)
+    receipt = Receipt(plan, name, sha256_file(temporary), temporary.stat().st_size, len(spans), spans)
+    os.rename(temporary, folder / name)
     fsync_folder(folder)
-    write_json(note, asdict(receipt))
+    write_json(_note(folder, name), asdict(receipt))
     return receipt
+
+
+def _note(folder: Path, name: str) -> Path:
+    return folder / name.replace(".tar", ".json")
+
+
+def index_of(shards: Iterable[Receipt]) -> np.ndarray:
+    """Where each sample lies: INDEX (N,), in the shards' order."""
+    return np.array([(shard, *span) for shard, receipt in enumerate(shards) for span in receipt.spans], INDEX)
+
+
+def save_index(path: Path, index: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
 
 
 def _members(row: dict[str, Any], spool: BinaryIO) -> Iterator[tuple[str, bytes]]:
@@ -115,19 +156,38 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     return info
 
 
-def _verify_by_reading(tar: Path, samples: int) -> None:
-    """Read the tar with webdataset's stock reader, as any user would: every sample whole by its own list of images, none missing."""
+def check_images(sample: dict[str, Any]) -> None:
+    """Raises ShardMismatch unless the sample is whole by its own list of images."""
+    wanted = {f"{image['role']}.{image['extension']}": image["size"] for image in json.loads(sample["json"])["images"]}
+    if lacking := [name for name, size in wanted.items() if len(sample.get(name, b"")) != size]:
+        raise ShardMismatch(f"{sample['__url__']}: sample {sample['__key__']} lacks {lacking}; build it again.")
+
+
+def _verify_by_reading(tar: Path, samples: int, check: Callable[[dict[str, Any]], None]) -> None:
+    """Read the tar with webdataset's stock reader, as any user would: every sample whole, none missing."""
     os.environ["WDS_SECURE"] = "1"  # read at import: no pipes, no pickles
     import webdataset
 
     seen = 0
     for sample in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False):
-        wanted = {f"{image['role']}.{image['extension']}": image["size"] for image in json.loads(sample["json"])["images"]}
-        if lacking := [name for name, size in wanted.items() if len(sample.get(name, b"")) != size]:
-            raise ShardMismatch(f"{tar}: sample {sample['__key__']} lacks {lacking}; build it again.")
+        check(sample)
         seen += 1
     if seen != samples:
         raise ShardMismatch(f"{tar}: {seen} samples read back, {samples} written; is a key there twice?")
+
+
+def split_members(content: bytes, name: str) -> dict[str, memoryview]:
+    """Member name -> bytes of a run of USTAR entries, without a copy: tarfile takes longer over headers than libjpeg over a small image."""
+    members: dict[str, memoryview] = {}
+    view, place = memoryview(content), 0
+    while place < len(content):
+        header = content[place : place + BLOCK]
+        if header[257:263] != b"ustar\0" or header[156:157] != b"0":
+            raise ShardMismatch(f"{name}: no plain file's USTAR header at byte {place} of its run; rebuild the part, with `dvc repro -f`.")
+        size = int(header[124:135], 8)
+        members[header[:100].rstrip(b"\0").decode("ascii")] = view[place + BLOCK : place + BLOCK + size]
+        place += BLOCK + -(-size // BLOCK) * BLOCK
+    return members
 
 
 def verify_part(folder: Path) -> dict[str, Any]:
@@ -144,12 +204,12 @@ def verify_part(folder: Path) -> dict[str, Any]:
     return cast(dict[str, Any], manifest)
 
 
-def check_file(path: Path, sha256: str) -> None:
-    """Raises ShardMismatch unless `path` is there with that sha256."""
+def check_file(path: Path, sha256: str, stage: str | None = None) -> None:
+    """Raises ShardMismatch, naming the stage that makes it (by default the part's own), unless `path` is there with that sha256."""
     if not path.is_file():
         problem = "is missing"
     elif sha256_file(path) != sha256:
         problem = f"has not the sha256 {sha256[:12]}... that its manifest names"
     else:
         return
-    raise ShardMismatch(f"{path} {problem}. Rebuild it with `dvc repro -f shards@{path.parent.name}`, or `deepgen run`.")
+    raise ShardMismatch(f"{path} {problem}. Rebuild it with `dvc repro -f {stage or f'shards@{path.parent.name}'}`, or `deepgen run`.")

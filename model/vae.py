@@ -1,5 +1,7 @@
 """Pixels to latents and back. The autoencoder never trains in DeepGen's stages."""
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
@@ -56,7 +58,10 @@ class LinearAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
 
-def build_vae(config: VAEConfig) -> AutoencoderKL | LinearAutoencoder:
+AnyAutoencoder: TypeAlias = AutoencoderKL | LinearAutoencoder
+
+
+def build_vae(config: VAEConfig) -> AnyAutoencoder:
     """An autoencoder of the configured shape with fresh weights."""
     if config.kind == "linear":
         return LinearAutoencoder(config.latent_channels, config.downscale, config.scaling_factor, config.shift_factor)
@@ -84,15 +89,24 @@ def to_uint8(pixels_BCHW: Tensor) -> Tensor:
     return ((pixels_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def encode_images(vae: AutoencoderKL | LinearAutoencoder, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> latents, shifted and scaled: the posterior's mean, or the sample of it that `noise` picks."""
+def posterior_of(vae: AnyAutoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents (B, C, h, w), neither shifted nor scaled."""
     bring(vae)
     posterior = vae.encode(pixels).latent_dist
-    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+    return posterior.mean, posterior.std
+
+
+def scale_latents(vae: AnyAutoencoder, latents: Tensor) -> Tensor:
+    """Shifted and scaled, as the transformer reads them."""
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def decode_latents(vae: AutoencoderKL | LinearAutoencoder, latents: Tensor) -> Tensor:
+def encode_images(vae: AnyAutoencoder, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> the posterior's mean (B, C, h, w), shifted and scaled."""
+    return scale_latents(vae, posterior_of(vae, pixels)[0])
+
+
+def decode_latents(vae: AnyAutoencoder, latents: Tensor) -> Tensor:
     """Latents -> (B, 3, H, W) in about [-1, 1]."""
     bring(vae)
     return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]

@@ -17,7 +17,7 @@ from model.config import ModelConfig, ResolutionShift
 from model.connector import StackedChannelBridging
 from model.deepgen import DeepGen, build_connector
 from model.dit import DeepGenTransformer
-from model.vae import LinearAutoencoder
+from model.vae import AnyAutoencoder, LinearAutoencoder
 from runtime.files import write_json
 
 disable_progress_bar()  # a bar a part says nothing to anyone, and floods logs
@@ -133,7 +133,7 @@ def load_dit(folder: Path, dtype: torch.dtype, **settings: Any) -> DeepGenTransf
     return _load_part(DeepGenTransformer, folder, dtype, **settings)
 
 
-def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL | LinearAutoencoder:
+def load_vae(folder: Path, dtype: torch.dtype) -> AnyAutoencoder:
     """The autoencoder that the folder's config names."""
     return _load_part(VAE_CLASSES[json.loads((folder / "config.json").read_text())["_class_name"]], folder, dtype)
 

@@ -12,7 +12,7 @@ from data.config import DataConfig, MixtureConfig
 from model.config import FoundationConfig, ModelConfig
 from orchestration.config import GatesConfig, RegistryConfig, RetrainConfig
 from runtime.settings import Settings
-from training.config import EvaluationConfig, LaunchConfig, MRGRPOConfig, SupervisedConfig
+from training.config import EvaluationConfig, LatentsConfig, LaunchConfig, MRGRPOConfig, SupervisedConfig
 
 STAGES = ("alignment", "sft", "mr_grpo")
 MAX_BYTES = 1_000_000
@@ -30,6 +30,7 @@ class Params(Settings):
     mixture: dict[Literal["alignment", "sft", "mr_grpo"], MixtureConfig]
     foundation: FoundationConfig
     model: ModelConfig
+    latents: LatentsConfig
     alignment: SupervisedConfig
     sft: SupervisedConfig
     mr_grpo: MRGRPOConfig
@@ -44,6 +45,7 @@ class Params(Settings):
         if set(self.mixture) != set(STAGES):
             raise ValueError(f"mixture: names {sorted(self.mixture)}, must name each of {list(STAGES)}")
         used = [(f"mixture.{stage}.parts", name) for stage, mixture in self.mixture.items() for name in mixture.parts]
+        used += [("latents.parts", name) for name in self.latents.parts]
         used += [("evaluation.parts", name) for name in self.evaluation.parts]
         for key, name in used:
             if name not in self.data.parts:

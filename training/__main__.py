@@ -1,4 +1,4 @@
-"""python -m training foundation | alignment | sft | mr_grpo | evaluate STAGE | export: the stage commands of dvc.yaml."""
+"""python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export: the stage commands of dvc.yaml."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description="The stages that need torch, as dvc.yaml calls them.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("foundation", help="gather and check the parts that training starts from")
+    verbs.add_parser("latents", help="encode the images of latents.parts")
     verbs.add_parser("alignment", help="stage 1")
     verbs.add_parser("sft", help="stage 2")
     verbs.add_parser("mr_grpo", help="stage 3")
@@ -24,7 +25,7 @@ def main() -> None:
 
         run_train_foundation()
         return
-    if arguments.verb in ("alignment", "sft", "mr_grpo"):
+    if arguments.verb in ("latents", "alignment", "sft", "mr_grpo"):
         launch()
 
     from runtime.stage import open_stage
@@ -39,6 +40,10 @@ def main() -> None:
             from training.foundation import run_foundation
 
             run_foundation(run)
+        elif arguments.verb == "latents":
+            from training.latents import run_latents
+
+            run_latents(run)
         elif arguments.verb in ("alignment", "sft"):
             from training.supervised import run_supervised
 

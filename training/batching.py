@@ -1,7 +1,7 @@
 """Small helpers between data and model: groups of samples, images as pixels."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,10 +19,11 @@ def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def one_size_batches(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def one_size_batches(samples: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
     """Up to `size` samples that can be stacked: neighbours of the same shapes. Parts lie sorted by them."""
     for _, run in groupby(samples, lambda sample: [image.shape for image in (sample.target, *sample.references)]):
-        yield from batched(list(run), size)
+        while batch := list(islice(run, size)):
+            yield batch
 
 
 def stack_pixels(images: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Tensor:

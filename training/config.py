@@ -7,6 +7,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from runtime.settings import Settings
 
 
+class LatentsConfig(Settings):
+    """Parts whose images are encoded once by the frozen autoencoder, so that alignment and SFT need not."""
+
+    parts: tuple[str, ...] = Field((), description="of data.parts; a micro-batch skips the autoencoder where all of its parts are named")
+    precision: Literal["float16", "float32"] = Field("float16", description="of what is stored; float32 is twice the bytes")
+    batch_size: PositiveInt = Field(32, description="images encoded at a time")
+
+
 class OptimizerConfig(Settings):
     """AdamW with linear warm-up and cosine decay, both counted in optimizer steps; weight decay on matrices only."""
 

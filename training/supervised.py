@@ -15,10 +15,9 @@ from data.loader import Batch, Loader
 from model.config import ModelConfig
 from model.deepgen import DeepGen, References, rows_of, stacked
 from model.flow import interpolate, sigmas_at, velocity_target
-from model.generate import encode_references, latent_shape
 from model.lora import merge_lora
 from model.parts import parameter_report
-from model.vae import encode_images, to_pixels
+from model.vae import posterior_of, scale_latents, to_pixels
 from model.weights import WeightsMismatch, load_foundation, load_model
 from runtime.exits import Interrupted
 from runtime.files import read_json
@@ -103,7 +102,13 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     shards = run.root / "outputs" / "shards"
     global_micro_batch = config.micro_batch_size * accelerator.num_processes
     loader = Loader(
-        mixture, shards, global_micro_batch, accelerator.process_index, accelerator.num_processes, start=state.step * micro_batches
+        mixture,
+        shards,
+        global_micro_batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        start=state.step * micro_batches,
+        latents=run.root / "outputs" / "latents",
     )
     if state.data:
         loader.restore(state.data)
@@ -168,15 +173,21 @@ def without(references: tuple[Tensor, ...], dropped: Sequence[bool]) -> Referenc
     return stacked([[] if drop else row for drop, row in zip(dropped, rows_of(references, len(dropped)), strict=True)])
 
 
+def posteriors(model: DeepGen, batch: Batch, references: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Mean and standard deviation of the targets' latents (B, C, h, w), and means of the references': as stored, or encoded now."""
+    if batch.latents is not None:
+        mean, std, *means = (torch.from_numpy(a).to(model.device).float() for a in batch.latents.arrays)
+        return mean, std, tuple(means)
+    mean, std = posterior_of(model.vae, to_pixels(torch.from_numpy(batch.target_images).to(model.device)))
+    return mean, std, tuple(posterior_of(model.vae, pixels)[0] for pixels in references)
+
+
 def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: SupervisedConfig, stage: str) -> Tensor:
     """(B,) flow-matching loss of a batch. Every draw belongs to a sample's position in the stream, not to a rank or batch."""
     positions = list(batch.positions)
-    pixels = to_pixels(torch.from_numpy(batch.target_images).to(model.device))
-    shape = latent_shape(model, pixels.shape[-2:])
-    target = encode_images(
-        model.vae, pixels, sample_noise(pixels.new_empty(len(pixels), *shape), config.seed, stage, positions, "posterior")
-    )
     references = tuple(to_pixels(torch.from_numpy(images).to(model.device)) for images in batch.reference_images)
+    mean, std, reference_means = posteriors(model, batch, references)
+    target = scale_latents(model.vae, mean + std * sample_noise(mean, config.seed, stage, positions, "posterior"))
     noise = sample_noise(target, config.seed, stage, positions)
     shift = model.shift_for(target.shape[-2:])
     sigmas = sigmas_at(quantiles(config.seed, stage, positions), config.timestep_sampling, shift).to(model.device)
@@ -184,6 +195,6 @@ def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: S
     prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, empty, strict=True)]
     blind = coin_flips(config.reference_dropout, "reference_dropout", config.seed, stage, positions) if references else []
     images = without(references, blind)
-    reference_latents = encode_references(model, images)
+    reference_latents = without(tuple(scale_latents(model.vae, mean) for mean in reference_means), blind)
     velocity = wrapped(interpolate(target, noise, sigmas), sigmas, reference_latents, prompts=prompts, reference_images=images)
     return flow_matching_loss(velocity, velocity_target(target, noise))

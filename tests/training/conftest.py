@@ -25,6 +25,7 @@ def nano_params() -> dict:
     params["model"]["connector"] |= {"layers": 2, "num_think_tokens": 4}
     for part in params["data"]["parts"].values():
         part["samples"] = min(part["samples"], 24)
+    params["data"]["shard_samples"] = 9
     params["alignment"] |= {"steps": 4, "checkpoint_every": 2}
     params["sft"] |= {"steps": 4, "checkpoint_every": 2, "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}
     params["launch"] |= {"threads": 1}
@@ -39,6 +40,7 @@ def make_project(root: Path, params: dict) -> Path:
     """A clone in small: params, recipe, code, built data and foundation."""
     from data.stages import run_mixture, run_shards
     from training.foundation import run_foundation
+    from training.latents import run_latents
 
     root.mkdir(parents=True, exist_ok=True)
     for name in CODE:
@@ -56,6 +58,8 @@ def make_project(root: Path, params: dict) -> Path:
             run_mixture(run)
     with begin(root, "foundation") as run:
         run_foundation(run)
+    with begin(root, "latents") as run:
+        run_latents(run)
     return root
 
 

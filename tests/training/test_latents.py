@@ -1,0 +1,92 @@
+"""The cache against encoding as one goes."""
+
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.loader import Loader, Part
+from model.weights import load_vae
+from runtime.exits import Interrupted
+from runtime.files import read_json, sha256_path
+from tests.training.conftest import begin
+from training.latents import encode_part, run_latents
+from training.stages import freeze_for
+from training.supervised import batch_loss, load_parent
+
+PARTS = ["drawn_image_edit", "drawn_text_to_image"]
+
+
+def make(project, edit_params, **settings):
+    edit_params(project, lambda params: params["latents"].update({"parts": PARTS, **settings}))
+    with begin(project, "latents") as run:
+        run_latents(run)
+    return project / "outputs" / "latents"
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-6), ("float16", 2e-3)])
+def test_losses_from_latents_are_those_from_images(project, edit_params, precision, tolerance):
+    latents = make(project, edit_params, precision=precision)
+    with begin(project, "alignment") as run:
+        model = load_parent(run, "alignment")
+        freeze_for(model, "alignment")
+        mixture = read_json(project / "outputs" / "mixture" / "alignment.json")
+        shards = project / "outputs" / "shards"
+        images, cached = Loader(mixture, shards, 4), Loader(mixture, shards, 4, latents=latents)
+        tasks = set()
+        for one, other in islice(zip(images, cached, strict=True), 4):
+            assert one.latents is None and other.latents is not None
+            losses = [batch_loss(model, model, batch, run.params.alignment, "alignment") for batch in (one, other)]
+            torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+            tasks.add(one.task)
+        assert tasks == {"image_edit", "text_to_image"}
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(project, edit_params):
+    whole = sha256_path(make(project, edit_params))
+    (project / "outputs" / "latents").rename(project / "first")
+
+    class StopAfter:
+        asked = 0
+
+        def __bool__(self) -> bool:
+            self.asked += 1
+            return self.asked > 2
+
+    with pytest.raises(Interrupted, match="the same command goes on"), begin(project, "latents", StopAfter()) as run:
+        run_latents(run)
+    kept = list((project / "outputs" / "runs" / "latents").rglob("*.tar"))
+    assert len(kept) == 2 and not (project / "outputs" / "latents").exists()
+    with begin(project, "latents") as run:
+        run_latents(run)
+    assert sha256_path(project / "outputs" / "latents") == whole
+
+
+def test_ranks_share_the_tars_and_make_the_same_bytes(project, edit_params, tmp_path):
+    alone = make(project, edit_params)
+    with begin(project, "latents") as run:
+        part = Part(project / "outputs" / "shards" / "drawn_image_edit")
+        vae = load_vae(project / "outputs" / "foundation" / "model" / "vae", torch.float32).eval()
+        for index in range(2):
+            rank = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0)
+            encode_part(run, part, tmp_path / "two", vae, {}, rank)
+    names = sorted(tar.name for tar in (alone / "drawn_image_edit").glob("*.tar"))
+    assert names == sorted(tar.name for tar in (tmp_path / "two").glob("*.tar"))
+    for name in names:
+        assert (alone / "drawn_image_edit" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_without_parts_nothing_is_encoded_and_training_reads_images(project, edit_params):
+    edit_params(project, lambda params: params["latents"].update(parts=[]))
+    with begin(project, "latents") as run:
+        run_latents(run)
+    assert [file.name for file in (project / "outputs" / "latents").iterdir()] == ["parts.json"]
+
+
+def test_a_part_that_is_not_there_is_refused_before_anything_starts(edit_params, project):
+    from runtime.params import ParamsError
+
+    edit_params(project, lambda params: params["latents"].update(parts=["drawn"]))
+    with pytest.raises(ParamsError, match=r"latents\.parts: names 'drawn', which data\.parts lacks"), begin(project, "latents"):
+        pass
