@@ -1,6 +1,5 @@
 """Images that look alike: a 64-bit hash of how one looks, and the pairs of hashes that almost agree."""
 
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +8,8 @@ SIDE, LOW = 32, 8  # pixels a side looked at; lowest frequencies kept
 COSINES = np.cos(np.pi * np.outer(np.arange(LOW), np.arange(SIDE) + 0.5) / SIDE)  # rows: the first DCT-II frequencies, not normalised
 BANDS = 4
 BAND_BITS = np.uint64(16)
+HALF = np.uint64(1 << 32)
+OUTER, MIDDLE_LOW = np.uint64(0xFFFF_0000_0000_FFFF), np.uint64(0xFFFF_0000)
 MAX_DISTANCE = 2  # of four bands, two bits can spoil two: two others stay equal
 
 
@@ -47,47 +48,74 @@ def near_pairs(hashes: np.ndarray, distance: int = 2, bucket_cap: int = 256) -> 
         raise ValueError(f"distance: {distance} given; allowed: 0 to {MAX_DISTANCE}, for which the search is complete")
     if hashes.dtype != np.uint64 or hashes.ndim != 1:
         raise ValueError(f"hashes: {hashes.dtype} {hashes.shape} given; expected uint64 (N,)")
-    distinct, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    rows = np.arange(len(hashes))
-    again = first[group] != rows
-    found = [np.stack([first[group[again]], rows[again]], axis=1)]
-    skipped = 0
-    if distance:
-        for bands in combinations(range(BANDS), 2):
-            pairs, missed = _pairs_sharing(distinct, bands, distance, bucket_cap)
-            found.append(np.sort(first[pairs], axis=1))
-            skipped += missed
-    low, high = np.concatenate(found).T
+    ordered = np.sort(hashes)
+    again = ordered[1:] == ordered[:-1]
+    distinct = np.delete(ordered, np.flatnonzero(again) + 1) if again.any() else ordered
+    found, skipped = [np.empty((0, 2), np.uint64)], 0
+    for swapped, turned in ORDERS if distance else ():
+        moved = np.sort(_move(distinct, swapped, turned)) if (swapped, turned) != (False, 0) else distinct
+        near, missed = _neighbours(moved, distance, bucket_cap)
+        found.append(_move_back(near, swapped, turned))
+        skipped += missed
+    return NearPairs(_rows_of(hashes, np.unique(ordered[1:][again]), np.concatenate(found)), skipped)
+
+
+def _rows_of(hashes: np.ndarray, repeated: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Pairs of rows, sorted, each once: of a repeated hash its first row with each other one, of two near hashes their first rows."""
+    values = np.unique(np.concatenate([repeated, near.ravel()]))
+    if not len(values):
+        return np.empty((0, 2), np.int64)
+    place = np.searchsorted(values, hashes).clip(max=len(values) - 1)
+    rows = np.flatnonzero(values[place] == hashes)
+    first = rows[np.unique(place[rows], return_index=True)[1]]  # of each value
+    its_first = first[place[rows]]
+    others = rows != its_first
+    ends = np.sort(first[np.searchsorted(values, near)], axis=1)
+    low, high = np.concatenate([np.stack([its_first[others], rows[others]], axis=1), ends]).T
     once = np.unique(low * len(hashes) + high)  # one number a pair: sorted many times faster than rows
-    return NearPairs(np.stack(np.divmod(once, max(len(hashes), 1)), axis=1), skipped)
+    return np.stack(np.divmod(once, len(hashes)), axis=1)
 
 
-def _pairs_sharing(distinct: np.ndarray, bands: tuple[int, int], distance: int, bucket_cap: int) -> tuple[np.ndarray, int]:
-    """Positions (n, 2) of hashes that are equal in two bands and near, and the number of pairs beyond the cap."""
-    moved = _bands_first(distinct, bands)
-    order = np.argsort(moved)
-    moved = moved[order]
-    bucket = (moved >> np.uint64(32)).astype(np.uint32)
-    found = [np.empty((0, 2), np.int64)]
-    at = np.arange(len(moved))
+# Which two of the four bands come first, all six choices: the middle two swapped or not, then all turned by so many bands.
+ORDERS = ((False, 0), (False, 1), (False, 2), (False, 3), (True, 0), (True, 2))
+
+
+def _neighbours(moved: np.ndarray, distance: int, bucket_cap: int) -> tuple[np.ndarray, int]:
+    """Pairs (n, 2) of sorted hashes that are equal in their upper half and near, and the number of pairs beyond the cap."""
+    found = [np.empty((0, 2), np.uint64)]
+    at = np.flatnonzero((moved[1:] ^ moved[:-1]) < HALF)
     for step in range(1, bucket_cap + 1):  # each hash against the one `step` behind it, while both lie in one bucket
-        at = at[: np.searchsorted(at, len(moved) - step)]
-        at = at[bucket[at] == bucket[at + step]]
         if not len(at):
             return np.concatenate(found), 0
-        near = at[np.bitwise_count(moved[at] ^ moved[at + step]) <= distance]
-        found.append(np.stack([order[near], order[near + step]], axis=1))
-    sizes = np.diff(np.flatnonzero(np.diff(bucket, prepend=~bucket[:1], append=~bucket[-1:])))
+        apart = np.bitwise_count(moved[at] ^ moved[at + step])
+        near = at[apart <= distance]
+        found.append(np.stack([moved[near], moved[near + step]], axis=1))
+        at = at[: np.searchsorted(at, len(moved) - step - 1)]
+        at = at[(moved[at] ^ moved[at + step + 1]) < HALF]
+    sizes = np.unique(moved >> np.uint64(32), return_counts=True)[1]
     beyond = np.maximum(sizes - bucket_cap, 0)
     return np.concatenate(found), int((beyond * (beyond - 1) // 2).sum())
 
 
-def _bands_first(hashes: np.ndarray, bands: tuple[int, int]) -> np.ndarray:
-    """The same bits with two bands moved to the top: distances stay, and sorting brings equal bands together."""
-    moved = np.zeros_like(hashes)
-    for band in (*bands, *(band for band in range(BANDS) if band not in bands)):
-        moved = moved << BAND_BITS | hashes >> BAND_BITS * np.uint64(band) & np.uint64(0xFFFF)
-    return moved
+def _move(hashes: np.ndarray, swapped: bool, turned: int) -> np.ndarray:
+    """The same bits in another order of bands: distances stay, and sorting brings hashes together that agree in the first two."""
+    return _turn(_swap(hashes) if swapped else hashes, turned)
+
+
+def _move_back(hashes: np.ndarray, swapped: bool, turned: int) -> np.ndarray:
+    turned_back = _turn(hashes, BANDS - turned)
+    return _swap(turned_back) if swapped else turned_back
+
+
+def _swap(hashes: np.ndarray) -> np.ndarray:
+    """The two middle bands exchanged."""
+    return hashes & OUTER | (hashes & MIDDLE_LOW) << BAND_BITS | hashes >> BAND_BITS & MIDDLE_LOW
+
+
+def _turn(hashes: np.ndarray, bands: int) -> np.ndarray:
+    """Turned by whole bands; what leaves at the top enters at the bottom."""
+    by = BAND_BITS * np.uint64(bands % BANDS)
+    return hashes << by | hashes >> (np.uint64(64) - by) if by else hashes
 
 
 def keep_first(pairs: np.ndarray, rows: int) -> np.ndarray:

@@ -32,7 +32,7 @@ def test_edges_are_the_inputs_written_in_dvc_yaml():
     stages = project_stages()
     edges = {asset_name(stage): upstream(stage, stages) for stage in stages.values()}
     assert edges["mixture_sft"] == ["shards"]
-    assert edges["sft"] == ["alignment", "mixture_sft"]
+    assert edges["sft"] == ["alignment", "latents", "mixture_sft"]
     assert edges["evaluation_mr_grpo"] == ["mr_grpo", "shards"]
     assert edges["shards"] == []
 
