@@ -59,7 +59,7 @@ def grams(folded: str) -> set[int]:
 
 @dataclass(frozen=True)
 class ImageHashes:
-    """An image as others are compared with it: sha256 of its decoded pixels, and its 64-bit perceptual hash."""
+    """An image as others are compared with it: hash of its upright pixels, and its 64-bit perceptual hash."""
 
     pixels: str
     perceptual: int

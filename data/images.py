@@ -4,7 +4,6 @@ An image is kept byte for byte where nothing about it had to change; otherwise i
 bucket, cropped, and encoded again with no metadata. What was done is named in `PreparedImage.changes`.
 """
 
-import hashlib
 import io
 import re
 import warnings
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
+import xxhash
 from PIL import Image, UnidentifiedImageError
 
 from data.colours import GRAY, MODES, to_srgb
@@ -63,9 +63,9 @@ class WrongBuffer(ValueError):
 class PreparedImage:
     """An image as a shard holds it.
 
-    found_width, found_height: pixels once upright, before scaling; sha256 of `content`, found_sha256 of the bytes as found;
-    pixel_sha256: of the upright RGB pixels before scaling and their size; perceptual_hash: 64 bits of the same pixels; changes: what was
-    done, in order; empty where the bytes are those found.
+    found_width, found_height: pixels once upright, before scaling; sha256 of `content`, found_sha256 of the bytes as found; pixel_hash:
+    XXH3-128 of the upright RGB pixels before scaling and their size, which tells equal pictures and guards against nobody;
+    perceptual_hash: 64 bits of the pixels as stored; changes: what was done, in order; empty where the bytes are those found.
     """
 
     content: bytes
@@ -76,7 +76,7 @@ class PreparedImage:
     found_height: int
     sha256: str
     found_sha256: str
-    pixel_sha256: str
+    pixel_hash: str
     perceptual_hash: int
     changes: tuple[str, ...]
 
@@ -122,8 +122,9 @@ def prepare_image(content: bytes, name: str, rules: ImageRules, buckets: Sequenc
         image, format = _open(content, name, rules.max_pixels)
         gray = image.mode in GRAY
         upright, changes = _upright_rgb(image, format, content)
-    _check_shape(upright, name, rules)
-    fitted, scaled = _fit(upright, nearest_bucket(*upright.size, buckets))
+    found_height, found_width, _ = upright.shape
+    _check_shape(found_width, found_height, name, rules)
+    fitted, scaled = _fit(upright, nearest_bucket(found_width, found_height, buckets))
     changes += scaled
     found_sha256 = sha256_bytes(content)
     if not changes:
@@ -131,18 +132,18 @@ def prepare_image(content: bytes, name: str, rules: ImageRules, buckets: Sequenc
     else:
         changes += ["gray_to_rgb"] if gray else []
         extension = "jpg" if format == "JPEG" and not lossless else "png"
-        stored = _encode_jpeg(fitted, rules.jpeg_quality) if extension == "jpg" else encode_png(np.asarray(fitted))
+        stored = _encode_jpeg(fitted, rules.jpeg_quality) if extension == "jpg" else encode_png(fitted)
     return PreparedImage(
         content=stored,
         extension=extension,
-        width=fitted.width,
-        height=fitted.height,
-        found_width=upright.width,
-        found_height=upright.height,
+        width=fitted.shape[1],
+        height=fitted.shape[0],
+        found_width=found_width,
+        found_height=found_height,
         sha256=sha256_bytes(stored) if changes else found_sha256,
         found_sha256=found_sha256,
-        pixel_sha256=_pixel_sha256(upright),
-        perceptual_hash=perceptual_hash(_small_gray(upright)),
+        pixel_hash=_pixel_hash(upright),
+        perceptual_hash=perceptual_hash(_small_gray(fitted)),
         changes=tuple(changes),
     )
 
@@ -182,9 +183,9 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
+def _encode_jpeg(image: np.ndarray, quality: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(buffer, format="JPEG", quality=quality, subsampling="4:4:4")  # through an array: no metadata
+    Image.fromarray(image).save(buffer, format="JPEG", quality=quality, subsampling="4:4:4")
     return buffer.getvalue()
 
 
@@ -231,22 +232,24 @@ def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
         raise BadImage(Reason.TOO_MANY_PIXELS, f"{name}: {width} x {height} pixels by its header; allowed: up to {max_pixels:,}")
 
 
-def _check_shape(image: Image.Image, name: str, rules: ImageRules) -> None:
-    short, long = sorted(image.size)
+def _check_shape(width: int, height: int, name: str, rules: ImageRules) -> None:
+    short, long = sorted((width, height))
     if short < rules.min_side:
-        raise BadImage(Reason.TOO_SMALL, f"{name}: {image.width} x {image.height} pixels; min_side is {rules.min_side}")
+        raise BadImage(Reason.TOO_SMALL, f"{name}: {width} x {height} pixels; min_side is {rules.min_side}")
     if long > rules.max_aspect * short:
-        aspect = f"{image.width} x {image.height} pixels, {long / short:.2f} : 1"
+        aspect = f"{width} x {height} pixels, {long / short:.2f} : 1"
         raise BadImage(Reason.ASPECT, f"{name}: {aspect}; max_aspect is {rules.max_aspect}")
 
 
-def _upright_rgb(image: Image.Image, format: Format, content: bytes) -> tuple[Image.Image, list[str]]:
-    """Decode the whole first frame -> mode RGB as it is to be looked at, and what was done to it."""
+def _upright_rgb(image: Image.Image, format: Format, content: bytes) -> tuple[np.ndarray, list[str]]:
+    """Decode the whole first frame -> uint8 (H, W, 3) as it is to be looked at, and what was done to it."""
     changes = []
     if getattr(image, "n_frames", 1) > 1:
         changes.append("first_frame")
     if format == "JPEG" and image.mode in ("L", "RGB"):
         pixels = _decode_jpeg(content, image.size, "GRAY" if image.mode == "L" else "RGB")
+        if image.mode == "RGB" and not {"icc_profile", "exif"} & image.info.keys():
+            return pixels, changes  # most of all images, without a copy
         decoded = Image.fromarray(pixels.squeeze(-1) if image.mode == "L" else pixels)
         decoded.info = image.info
     else:
@@ -260,7 +263,7 @@ def _upright_rgb(image: Image.Image, format: Format, content: bytes) -> tuple[Im
     elif orientation in UPRIGHT_BY:
         changes.append("oriented")
         rgb = rgb.transpose(UPRIGHT_BY[orientation])
-    return rgb, changes
+    return np.asarray(rgb), changes
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -287,27 +290,30 @@ def _decode_jpeg(content: bytes, size: tuple[int, int], space: str, out: np.ndar
     return simplejpeg.decode_jpeg(content, space, buffer=out)
 
 
-def _fit(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, list[str]]:
+def _fit(image: np.ndarray, bucket: Bucket) -> tuple[np.ndarray, list[str]]:
     """Scale both sides alike until the bucket is covered, and cut what sticks out, half at each end."""
-    (width, height), (across, down) = image.size, bucket
-    if image.size == bucket:
+    (height, width, _), (across, down) = image.shape, bucket
+    if (width, height) == bucket:
         return image, []
     scale = max(across / width, down / height)
     kept_width, kept_height = min(across / scale, width), min(down / scale, height)
     left, top = (width - kept_width) // 2, (height - kept_height) // 2  # whole pixels, so that a mere crop copies them
     box = (left, top, left + kept_width, top + kept_height)
-    changes = ["cropped"] if (kept_width, kept_height) != image.size else []
+    changes = ["cropped"] if (kept_width, kept_height) != (width, height) else []
     if scale != 1:
         changes.append("resized")
-    return image.resize(bucket, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0), changes
+    return np.asarray(Image.fromarray(image).resize(bucket, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)), changes
 
 
-def _pixel_sha256(image: Image.Image) -> str:
-    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
-    digest.update(np.asarray(image).data)
+def _pixel_hash(image: np.ndarray) -> str:
+    digest = xxhash.xxh3_128(f"{image.shape[1]}x{image.shape[0]}".encode())
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()
 
 
-def _small_gray(image: Image.Image) -> np.ndarray:
-    """uint8 (32, 32), what `perceptual_hash` looks at."""
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L"))
+def _small_gray(image: np.ndarray) -> np.ndarray:
+    """Sums over 32 x 32 equal blocks of a bucket's pixels, whose sides are multiples of 32: what `perceptual_hash` looks at."""
+    height, width, _ = image.shape
+    wide_enough = np.uint16 if height <= 257 * SIDE else np.uint32
+    rows = image.reshape(SIDE, height // SIDE, width * 3).sum(axis=1, dtype=wide_enough)
+    return rows.reshape(SIDE, SIDE, -1).sum(axis=2, dtype=np.uint32) / (height * width * 3 // SIDE**2)

@@ -138,7 +138,7 @@ def prepare(
             reference = record.origin.get("path", record.source_id)
             return Refused(record.source_id, error.reason, "image", str(error), reference, sha256_bytes(content))
     target = made[-1][1]
-    if len(made) > 1 and all(image.pixel_sha256 == target.pixel_sha256 for _, image in made[:-1]):
+    if len(made) > 1 and all(image.pixel_hash == target.pixel_hash for _, image in made[:-1]):
         message = "the target's pixels are its source's: nothing was edited"
         return Refused(record.source_id, Reason.SAME_IMAGE, "image", message, record.source_id, target.found_sha256)
     return made
@@ -148,7 +148,7 @@ def _row(record: Record, made: list[tuple[str, PreparedImage]], offset: int) -> 
     images = []
     for role, image in made:
         facts = {name: getattr(image, name) for name in ("extension", "width", "height", "found_width", "found_height")}
-        hashes = {name: getattr(image, name) for name in ("sha256", "found_sha256", "pixel_sha256", "perceptual_hash")}
+        hashes = {name: getattr(image, name) for name in ("sha256", "found_sha256", "pixel_hash", "perceptual_hash")}
         images.append({"role": role, "offset": offset, "size": len(image.content), "changes": list(image.changes)} | facts | hashes)
         offset += len(image.content)
     target, *references = [f"{image.width}x{image.height}" for _, image in (made[-1], *made[:-1])]

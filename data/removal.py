@@ -81,7 +81,7 @@ def evaluation_index(data: DataConfig, shards: Path, root: Path) -> EvaluationIn
 
 
 def _hashes(sample: dict[str, Any]) -> list[ImageHashes]:
-    return [ImageHashes(image["pixel_sha256"], image["perceptual_hash"]) for image in sample["images"]]
+    return [ImageHashes(image["pixel_hash"], image["perceptual_hash"]) for image in sample["images"]]
 
 
 def _refused(sample: dict[str, Any], reason: Reason, message: str) -> Refused:

@@ -23,7 +23,7 @@ IMAGE = pa.struct(
         ("found_height", pa.uint32()),
         ("sha256", pa.string()),
         ("found_sha256", pa.string()),
-        ("pixel_sha256", pa.string()),
+        ("pixel_hash", pa.string()),
         ("perceptual_hash", pa.uint64()),
         ("changes", pa.list_(pa.string())),
     ]

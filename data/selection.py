@@ -24,7 +24,7 @@ def find_duplicates(rows: pa.Table, policy: Deduplicate, distance: int) -> dict[
     first: dict[str, int] = {}
     refused: dict[int, Refused] = {}
     for row, (made, prompt, task) in enumerate(zip(images, prompts, tasks, strict=True)):
-        identity = sha256_json([[image["pixel_sha256"] for image in made], prompt if task == "image_edit" else None])
+        identity = sha256_json([[image["pixel_hash"] for image in made], prompt if task == "image_edit" else None])
         if (earlier := first.setdefault(identity, row)) != row:
             refused[row] = _refused(Reason.DUPLICATE, names[row], f"the pixels of {names[earlier]}", made)
     if policy == "exact":
