@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -127,6 +127,15 @@ def _model_folder(model: str) -> Path:
         if not Path(model).is_dir():
             raise NotADirectoryError(f"--model {model}: no such folder; give a pipeline folder or an address such as {CHAMPION_URI}.")
         return Path(model).resolve()
+    return _registered(model)[0]
+
+
+def _registered(model: str) -> tuple[Path, Any]:
+    """The pipeline folder behind a registry address, and its version.
+
+    Raises:
+        NotRegistered: no such version, or its files are not the registered ones.
+    """
     from orchestration.registry import NotRegistered, Registry
     from runtime.files import tensors_digest
     from runtime.params import load_params
@@ -139,7 +148,7 @@ def _model_folder(model: str) -> Path:
         raise NotRegistered(
             f"{model}: the files of version {version.version} are not the registered ones; `deepgen run` registers the export again."
         )
-    return folder
+    return folder, version
 
 
 @app.command()
@@ -161,6 +170,22 @@ def rollback() -> None:
 
     root = _root()
     typer.echo(roll_back(root, load_params(root / "params.yaml")).message)
+
+
+@app.command("start-from")
+def start_from(start: Annotated[str, typer.Argument(help="champion or alignment.")]) -> None:
+    """Say whose weights SFT begins with; `champion` keeps a copy of them under outputs/champion."""
+    from orchestration.start import copy_champion, set_start
+
+    if start not in ("champion", "alignment"):
+        raise typer.BadParameter(f"{start!r}; allowed: champion, alignment")
+    root = _root()
+    if start == "champion":
+        folder, version = _registered(CHAMPION_URI)
+        copy_champion(root, folder, version.version, version.tags["model_digest"])
+        typer.echo(f"outputs/champion: version {version.version}")
+    set_start(root / "params.yaml", start)
+    typer.echo(f"sft.start in params.yaml is {start}; next: deepgen run")
 
 
 @data_app.command("add", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -298,6 +323,7 @@ def _code_of(error: Exception) -> int | None:
         "AlreadyRunning": exits.LOCKED,
         "PortBusy": exits.LOCKED,
         "DvcError": exits.FAILED,
+        "CannotStart": exits.BAD_PARAMS,
         "GateFailed": exits.FAILED,
         "NotRegistered": exits.FAILED,
         "ShardsDiffer": exits.FAILED,

@@ -12,7 +12,7 @@ from data.config import DataConfig, MixtureConfig
 from model.config import FoundationConfig, ModelConfig
 from orchestration.config import GatesConfig, RegistryConfig, RetrainConfig
 from runtime.settings import Settings
-from training.config import EvaluationConfig, LatentsConfig, LaunchConfig, MRGRPOConfig, SupervisedConfig
+from training.config import EvaluationConfig, LatentsConfig, LaunchConfig, MRGRPOConfig, SFTConfig, SupervisedConfig
 
 STAGES = ("alignment", "sft", "mr_grpo")
 MAX_BYTES = 1_000_000
@@ -32,7 +32,7 @@ class Params(Settings):
     model: ModelConfig
     latents: LatentsConfig
     alignment: SupervisedConfig
-    sft: SupervisedConfig
+    sft: SFTConfig
     mr_grpo: MRGRPOConfig
     evaluation: EvaluationConfig
     launch: LaunchConfig

@@ -18,6 +18,8 @@ from runtime.files import publish_folder, sha256_file, sha256_json, sha256_path,
 from runtime.params import Params, ParamsError, check_params, parse_params
 from runtime.recipe import Stage, load_stages, look_up
 
+CHAMPION = "outputs/champion"  # a copy of registered weights that SFT may start from; no stage makes it
+
 
 class InputsChanged(Exception):
     """Params, inputs or code moved while the stage ran: what it made stays in its run folder and is not published."""
@@ -44,7 +46,8 @@ def stage_digests(root: Path, stage: Stage, values: dict[str, Any]) -> dict[str,
     }
     for path in stage.inputs:
         if not (root / path).exists():
-            raise FileNotFoundError(f"{stage.name}: its input {path} is missing; make it with `dvc repro {stage.name}` or `deepgen run`.")
+            command = "`deepgen start-from champion`" if path == CHAMPION else f"`dvc repro {stage.name}` or `deepgen run`"
+            raise FileNotFoundError(f"{stage.name}: its input {path} is missing; make it with {command}.")
         digests[f"input {path}"] = sha256_path(root / path)
     return digests
 

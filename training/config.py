@@ -52,6 +52,15 @@ class SupervisedConfig(Settings):
     seed: int = 0
 
 
+class SFTConfig(SupervisedConfig):
+    """Stage 2 (paper section 3.2)."""
+
+    start: Literal["alignment", "champion"] = Field(
+        "alignment",
+        description="whose weights it begins with; champion: those that `deepgen start-from champion` brought",
+    )
+
+
 class MRGRPOConfig(Settings):
     """Stage 3 (paper section 3.3): group-relative policy optimisation of the DiT over several rewards."""
 

@@ -7,7 +7,7 @@ from model.lora import add_lora
 from model.parts import TRAINED, part_of
 from training.config import LoRAConfig
 
-PARENT = {"alignment": "foundation", "sft": "alignment", "mr_grpo": "sft"}
+PARENT = {"alignment": "foundation", "sft": "alignment", "mr_grpo": "sft"}  # sft.start may name another
 
 
 def freeze_for(model: DeepGen, stage: str, lora: LoRAConfig | None = None) -> dict[str, nn.Parameter]:

@@ -60,8 +60,9 @@ def load_parent(run: StageRun, stage: str) -> DeepGen:
     """The model that `stage` starts from: the foundation with a fresh connector, or the stage before."""
     # A process begins with a random global seed; fresh weights (connector, LoRA) and LoRA's dropout draw from it.
     torch.manual_seed(generator("weights and dropout", getattr(run.params, stage).seed, stage).initial_seed())
-    folder = run.root / "outputs" / PARENT[stage]
-    if PARENT[stage] != "foundation":
+    parent = run.params.sft.start if stage == "sft" else PARENT[stage]
+    folder = run.root / "outputs" / parent
+    if parent != "foundation":
         model = load_model(folder / "model")
         refuse_other_settings(model, run.params.model, folder)
         return model
