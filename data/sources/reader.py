@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from data.config import PartConfig
 from data.records import Reason, Record, Refused
 from data.sources.files import Bad, check_size, read_inside, shown
+from runtime.fetched import published_at
 
 # What a record's fields may be called, whatever the source. Of several names the first that the record has is taken.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -54,6 +55,7 @@ class Reader(ABC):
         """Raises FileNotFoundError where `path` is not there."""
         self.name, self.part = name, part
         self.path = root / str(part.path)
+        self.provenance = {"data_set": part.data_set, "published": published_at(str(part.path)) if part.data_set else None}
         folder = self.path if self.path.is_dir() else self.path.parent
         self.folder = (root / part.images if part.images else folder).resolve()  # no image is read outside it
         own: dict[str, tuple[str, ...]] = {
@@ -95,7 +97,7 @@ class Reader(ABC):
         if wrong := [key for key, text in texts.items() if not isinstance(text, str | None)]:
             raise Bad(Reason.RECORD_BAD, f"{wrong[0]} is a {type(texts[wrong[0]]).__name__}; expected text")
         scores = {key: _score(found.row.get(column), column) for key, column in (self.part.scores or {}).items()}
-        origin = {key: self.pick(found.row, key) for key in ("url", "attribution")} | {"path": path}
+        origin = {key: self.pick(found.row, key) for key in ("url", "attribution")} | {"path": path} | self.provenance
         return Record(
             source_id=source_id,
             source=self.name,
