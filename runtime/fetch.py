@@ -84,7 +84,8 @@ def fetch(root: Path, wants: Sequence[Wanted], accepted: Sequence[str], hub: Hub
         return
     if not dry_run:
         refuse_unaccepted(missing, accepted, hub)
-    plans = [make_plan(root, wanted, hub) for wanted in missing]
+    coming: set[Path] = set()
+    plans = [make_plan(root, wanted, hub, coming) for wanted in missing]
     say(table(root, plans))
     refuse_short_disk(root, plans)
     if dry_run:
@@ -122,8 +123,10 @@ def refuse_unaccepted(wants: Sequence[Wanted], accepted: Sequence[str], hub: Hub
         )
 
 
-def make_plan(root: Path, wanted: Wanted, hub: Hub) -> Plan:
+def make_plan(root: Path, wanted: Wanted, hub: Hub, coming: set[Path]) -> Plan:
     """List the commit and keep what may come.
+
+    coming: files that an earlier plan brings, for two names may share a repository; this plan's are added.
 
     Raises:
         FetchRefused: weights come as pickles only, or nothing fits the patterns.
@@ -136,7 +139,9 @@ def make_plan(root: Path, wanted: Wanted, hub: Hub) -> Plan:
         if ending in safe:
             plan.files.append(file)
             target = root / wanted.folder / file.path
-            plan.here += file.size if size_of(target) == file.size else min(size_of(part_of(target)), file.size)
+            there = target in coming or size_of(target) == file.size
+            plan.here += file.size if there else min(size_of(part_of(target)), file.size)
+            coming.add(target)
             continue
         plan.left_out[ending or "no ending"] += 1
         pickles += [file.path] if ending in PICKLES else []

@@ -11,6 +11,8 @@ import pytest
 from data.__main__ import main
 from runtime import exits
 
+REPO = Path(__file__).parents[2]
+
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
     monkeypatch.setattr(sys, "argv", ["data", *words])
@@ -68,9 +70,10 @@ def test_what_can_t_be_read_is_one_message(tmp_path: Path, monkeypatch, capsys, 
     assert told in capsys.readouterr().err
 
 
-def test_a_verb_whose_reader_has_left_ends_quietly():
+@pytest.mark.parametrize("verb", ["catalog", "check"])  # more than a buffer holds, and less
+def test_a_verb_whose_reader_has_left_ends_quietly(verb: str):
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "data", "catalog"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "data", verb], cwd=REPO, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (exits.NO_READER, "")
