@@ -61,7 +61,7 @@ def main() -> None:
     try:
         _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads any more, as after `| head`: no trace, and nothing more to be said at exit
+    except BrokenPipeError:  # nobody reads any more, as after `| head`; what Python still flushes at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(exits.NO_READER)
 
@@ -81,14 +81,13 @@ def _run(arguments: argparse.Namespace) -> None:
             (run_shards if arguments.verb == "shards" else run_mixture)(run)
         return
 
-    from data.catalog import CatalogError
     from runtime.params import ParamsError
 
     light = {"catalog": _catalog, "check": _check, "wants": _wants, "prompts": _prompts}
     if arguments.verb in light:
         try:
             light[arguments.verb](arguments)
-        except (CatalogError, ParamsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
+        except (ParamsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
             print(error, file=sys.stderr)
             sys.exit(exits.BAD_PARAMS if isinstance(error, ParamsError) else exits.FAILED)
         return
@@ -101,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> None:
     heavy = {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}
     try:
         heavy[arguments.verb](arguments)
-    except (ShardMismatch, BadImage, CannotAdd, CatalogError, OtherContent, ParamsError, FileNotFoundError, ValueError) as error:
+    except (ShardMismatch, BadImage, CannotAdd, OtherContent, ParamsError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(exits.FAILED)
 

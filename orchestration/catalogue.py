@@ -10,12 +10,8 @@ from runtime.fetched import Wanted
 from runtime.params import Params, ParamsError
 
 
-class CatalogueUnread(Exception):
-    """The catalogue itself can't be used."""
-
-
 def check_catalogue(root: Path, params: Params) -> None:
-    """Raises ParamsError, before anything is started, for a part of params.yaml that the catalogue's entry contradicts or refuses."""
+    """Raises ParamsError, before anything is started, for a part that its entry contradicts, or whose entry is refused."""
     if _named(params):
         _ask(root, "check")
 
@@ -24,8 +20,7 @@ def catalogue_wants(root: Path, params: Params, file: Path) -> list[Wanted]:
     """The data sets that the parts of `file` need from the network.
 
     Raises:
-        ParamsError: a part that the catalogue's entry contradicts.
-        CatalogueUnread: the catalogue's own fault.
+        ParamsError: a part that the catalogue's entry contradicts, or a catalogue that can't be used.
     """
     if not _named(params):
         return []
@@ -39,6 +34,8 @@ def _named(params: Params) -> bool:
 
 def _ask(root: Path, *words: str) -> str:
     done = subprocess.run([sys.executable, "-m", "data", *words], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode == exits.BAD_PARAMS:
+        raise ParamsError(done.stderr.strip())
     if done.returncode != exits.DONE:
-        raise (ParamsError if done.returncode == exits.BAD_PARAMS else CatalogueUnread)(done.stderr.strip())
+        raise RuntimeError(f"python -m data {' '.join(words)}: ended with code {done.returncode}:\n{done.stderr}")
     return done.stdout

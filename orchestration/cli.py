@@ -295,7 +295,6 @@ def _code_of(error: Exception) -> int | None:
     codes = {
         "ParamsError": exits.BAD_PARAMS,
         "PresetRefused": exits.BAD_PARAMS,
-        "CatalogueUnread": exits.FAILED,
         "FetchRefused": exits.FAILED,
         "FetchFailed": exits.FAILED,
         "AlreadyFetching": exits.LOCKED,

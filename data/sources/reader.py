@@ -64,7 +64,11 @@ class Reader(ABC):
         self.names: dict[str, tuple[str, ...]] = {**NAMES, **(names or {}), **own}
         for path in (self.path, self.folder):
             if not path.exists():
-                fetch = f" Get it with `deepgen fetch {part.path}`." if part.source == "hugging_face" else ""
+                fetch = (
+                    " `deepgen fetch` brings a set that the catalogue has and the part names by `data_set`."
+                    if part.source == "hugging_face"
+                    else ""
+                )
                 raise FileNotFoundError(f"{name}: {path} is not there; expected what source {part.source!r} reads.{fetch}")
 
     def __len__(self) -> int:

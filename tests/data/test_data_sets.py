@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from data.__main__ import main
 from data.build import build_part
 from data.catalog import Catalog
 from data.config import DataConfig, MixtureConfig, PartConfig
@@ -151,6 +152,22 @@ def test_a_path_starts_in_the_folder_of_the_first_repository_and_an_absolute_one
     check_content("elsewhere", apart.model_copy(update={"content": content_digest(apart, tmp_path)}), tmp_path)
     with pytest.raises(ValueError, match="'../birds' given; allowed with data_set: a place in the fetched folder"):
         PartConfig.model_validate(PART | {"path": "../birds"})
+
+
+def test_pin_and_redrive_read_the_fetched_files_too(tmp_path: Path, hub: FakeHub, catalog: Catalog, monkeypatch, capsys):
+    params = params_with(pets=PART | {"min_scores": {"clip": 0.5}})
+    bring(write_project(tmp_path, params), params, catalog, hub)
+    moved = located("pets", params, catalog, tmp_path)
+    build_part("pets", moved, tmp_path / "outputs" / "shards" / "pets", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.catalog.load_catalog", lambda: catalog)
+    for words, told in (
+        (["pin", "pets"], f"data.parts.pets.content: {content_digest(moved.parts['pets'], tmp_path)}"),
+        (["quarantine", "redrive", "pets", "--reason", "score"], "0 of 5 would be written now"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["data", *words])
+        main()
+        assert told in capsys.readouterr().out
 
 
 def test_what_was_not_fetched_is_named_with_the_command_that_brings_it(tmp_path: Path, hub: FakeHub, catalog: Catalog):

@@ -111,7 +111,7 @@ def test_a_fetched_path_says_what_was_published_there():
 def test_two_names_of_one_repository_are_loaded_and_counted_once(tmp_path: Path, hub: FakeHub):
     other = replace(VLM, name="other")
     assert "to download 10.2 kB" in bring(tmp_path, hub, VLM, other)
-    assert len(hub.bodies) == 3 and fetched_files(tmp_path, VLM) == fetched_files(tmp_path, other) is not None
+    assert len(hub.bodies) == 2 and fetched_files(tmp_path, VLM) == fetched_files(tmp_path, other) is not None
 
 
 def test_a_listing_in_pages_is_read_to_its_end_and_at_our_own_address(tmp_path: Path, hub: FakeHub):
