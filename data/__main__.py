@@ -1,6 +1,7 @@
 """python -m data VERB: build, mix, check and look at training data; --help lists the verbs."""
 
 import argparse
+import os
 import random
 import sys
 from collections import Counter
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from runtime import exits
 from runtime.environment import set_environment
+
+STAGES = ("alignment", "sft", "mr_grpo")
 
 
 def main() -> None:
@@ -30,7 +33,14 @@ def main() -> None:
     quarantine.add_argument("part")
     quarantine.add_argument("--reason")
     verbs.add_parser("pin", help="the content digest of a part's source, for params.yaml").add_argument("part")
-    verbs.add_parser("catalog", help="the paper's data sets, and what each stage draws of them")
+    catalog = verbs.add_parser("catalog", help="the paper's data sets, and what each stage draws of them")
+    catalog.add_argument("--params", metavar="STAGE", choices=STAGES, help="print what STAGE reads as parts and mixture of params.yaml")
+    verbs.add_parser("check", help="whether the parts of params.yaml agree with the catalogue's entries that they name")
+    wants = verbs.add_parser("wants", help="what the parts need from the network, as JSON; `deepgen fetch` brings it")
+    wants.add_argument("--params", type=Path, help="a params file; default: params.yaml")
+    prompts = verbs.add_parser("prompts", help="what is read of a prompt file, or of an RL recipe (.yaml) and the files it names")
+    prompts.add_argument("file", type=Path)
+    prompts.add_argument("--out", type=Path, help="a file for every prompt as it was read, one JSON line each")
     plan = verbs.add_parser("plan", help="shards, bytes, hours and cores that the catalogue takes")
     plan.add_argument("--preset", default="deepgen-5b", help="whose shards and GPUs are planned")
     plan.add_argument("--rates", type=Path, help="JSON with measured rates; those it lacks are assumed")
@@ -41,19 +51,22 @@ def main() -> None:
     add.add_argument("--task", required=True, choices=["text_to_image", "image_edit"])
     add.add_argument("--licence", required=True, help="SPDX name, such as CC-BY-4.0")
     add.add_argument("--name", help="of the part; default: from the path")
-    add.add_argument("--stage", default="sft", choices=["alignment", "sft", "mr_grpo"], help="whose mixture reads it")
+    add.add_argument("--stage", default="sft", choices=STAGES, help="whose mixture reads it")
     add.add_argument("--weight", type=float, default=1.0, help="beside those of the mixture's other parts of the task")
     add.add_argument(
         "--column", action="append", default=[], metavar="FIELD=COLUMN", help="what a table calls prompt, image, references, ..."
     )
     arguments = parser.parse_args()
     set_environment()
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more, as after `| head`; what Python still flushes at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(exits.NO_READER)
 
-    if arguments.verb == "catalog":
-        from data.catalog import load_catalog, print_catalog
 
-        print_catalog(load_catalog())
-        return
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.verb == "plan":
         _plan(arguments)
         return
@@ -68,18 +81,85 @@ def main() -> None:
             (run_shards if arguments.verb == "shards" else run_mixture)(run)
         return
 
-    from data.adding import CannotAdd
-    from data.images import BadImage
-    from data.shards import ShardMismatch
     from runtime.params import ParamsError
 
+    light = {"catalog": _catalog, "check": _check, "wants": _wants, "prompts": _prompts}
+    if arguments.verb in light:
+        try:
+            light[arguments.verb](arguments)
+        except (ParamsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
+            print(error, file=sys.stderr)
+            sys.exit(exits.BAD_PARAMS if isinstance(error, ParamsError) else exits.FAILED)
+        return
+
+    from data.adding import CannotAdd
+    from data.images import BadImage
+    from data.pinning import OtherContent
+    from data.shards import ShardMismatch
+
+    heavy = {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}
     try:
-        {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}[arguments.verb](
-            arguments
-        )
-    except (ShardMismatch, BadImage, CannotAdd, ParamsError, FileNotFoundError, ValueError) as error:
+        heavy[arguments.verb](arguments)
+    except (ShardMismatch, BadImage, CannotAdd, OtherContent, ParamsError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(exits.FAILED)
+
+
+def _catalog(arguments: argparse.Namespace) -> None:
+    from data.catalog import load_catalog, print_catalog
+    from data.data_sets import params_text
+    from runtime.params import load_params
+    from runtime.stage import find_root
+
+    catalog = load_catalog()
+    if arguments.params is None:
+        print_catalog(catalog)
+        return
+    print(params_text(catalog, arguments.params, load_params(find_root() / "params.yaml").mixture[arguments.params].seed))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from data.catalog import load_catalog
+    from data.data_sets import check_parts
+    from runtime.params import load_params
+    from runtime.stage import find_root
+
+    data = load_params(find_root() / "params.yaml").data
+    check_parts(data, load_catalog())
+    named = sum(part.data_set is not None for part in data.parts.values())
+    print(f"{named} of {len(data.parts)} parts name a data set of the catalogue, and agree with it")
+
+
+def _wants(arguments: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from data.catalog import load_catalog
+    from data.data_sets import wanted_by_parts
+    from runtime.params import load_params
+    from runtime.stage import find_root
+
+    params = load_params(arguments.params or find_root() / "params.yaml")
+    print(json.dumps([asdict(wanted) for wanted in wanted_by_parts(params.data, load_catalog())], indent=1))
+
+
+def _prompts(arguments: argparse.Namespace) -> None:
+    import json
+
+    from data.prompts import print_prompt_file, print_rl_mixture, read_prompt_file, read_rl_mixture
+    from runtime.files import write_atomic
+
+    if arguments.file.suffix in (".yaml", ".yml"):
+        mixture = read_rl_mixture(arguments.file)
+        print_rl_mixture(mixture)
+        lines = [{"set": s.name, "prompt": prompt} for s in mixture.datasets for prompt in s.prompts]
+    else:
+        read = read_prompt_file(arguments.file)
+        print_prompt_file(arguments.file, read)
+        lines = [{"prompt": prompt} for prompt in read.prompts]
+    if arguments.out is not None:
+        write_atomic(arguments.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        print(f"{arguments.out}: {len(lines)} prompts")
 
 
 def _folder(part: str) -> Path:
@@ -135,6 +215,8 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 
 def _quarantine(arguments: argparse.Namespace) -> None:
+    from data.catalog import load_catalog
+    from data.data_sets import located
     from data.quarantine import redrive, set_aside
     from runtime.params import load_params
     from runtime.stage import find_root
@@ -151,10 +233,9 @@ def _quarantine(arguments: argparse.Namespace) -> None:
     if arguments.reason is None:
         raise ValueError("--reason: none given; `python -m data quarantine list PART` shows those there are")
     root = find_root()
+    data = located(arguments.part, load_params(root / "params.yaml"), load_catalog(), root)
     passed = 0
-    for source_id, refused in redrive(
-        arguments.part, load_params(root / "params.yaml").data, _folder(arguments.part), root, arguments.reason
-    ):
+    for source_id, refused in redrive(arguments.part, data, _folder(arguments.part), root, arguments.reason):
         passed += refused is None
         print(f"{source_id}: {'would be written now' if refused is None else f'{refused.reason}: {refused.message}'}")
     print(f"{passed} of {len(rows)} would be written now", end="")
@@ -162,12 +243,14 @@ def _quarantine(arguments: argparse.Namespace) -> None:
 
 
 def _pin(arguments: argparse.Namespace) -> None:
+    from data.catalog import load_catalog
+    from data.data_sets import located
     from data.pinning import content_digest
     from runtime.params import load_params
     from runtime.stage import find_root
 
     root = find_root()
-    part = load_params(root / "params.yaml").data.parts[arguments.part]
+    part = located(arguments.part, load_params(root / "params.yaml"), load_catalog(), root).parts[arguments.part]
     digest = content_digest(part, root)
     state = "as params.yaml says" if digest == part.content else f"params.yaml says {part.content}"
     print(f"data.parts.{arguments.part}.content: {digest}  ({state})")

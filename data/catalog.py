@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, StringConstraints, ValidationError, model_validator
 
 from data.config import PartName, Task
-from runtime.params import parse_params
+from runtime.params import ParamsError, parse_params
 from runtime.settings import Settings
 
 CATALOG = Path(__file__).with_name("catalog.yaml")
@@ -21,8 +21,8 @@ Format = Literal["t2i_pretrain_json", "t2i_sft_json", "edit_json", "webdataset",
 NotEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class CatalogError(Exception):
-    """The catalogue can't be used. Each line names an entry and what is wrong with it."""
+class CatalogError(ParamsError):
+    """The catalogue, which is settings like params.yaml, can't be used. Each line names an entry and what is wrong with it."""
 
 
 class HubRepo(Settings):

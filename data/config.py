@@ -76,8 +76,18 @@ class PartConfig(Settings):
     licence: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = Field(
         description="SPDX name; a part of unknown licence is refused"
     )
+    data_set: PartName | None = Field(
+        None,
+        description="entry of data/catalog.yaml that this part holds; its task, category and licence are checked against it, and its "
+        "fetched files are what `path` is read from",
+    )
     kinds: dict[str, PositiveFloat] | None = Field(None, description="share of each kind of drawn scene; null for the world's own")
-    path: str | None = Field(None, min_length=1, description="file or folder, absolute or from the project root; nothing is fetched")
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="file or folder, absolute or from the project root; with `data_set` from the folder of its first repository, null for "
+        "that folder itself",
+    )
     glob: str | None = Field(None, min_length=1, description="which files of a folder; null for all that the source can read")
     images: str | None = Field(None, min_length=1, description="folder that image paths start from; null for that of `path`")
     caption_field: str | None = Field(None, min_length=1, description="key of the caption in a record's own JSON file; null for 'caption'")
@@ -98,8 +108,12 @@ class PartConfig(Settings):
                 raise ValueError(f"{key}: {value!r} given; allowed for source {self.source!r}: null. It takes {sorted(allowed)}")
         if self.source == "drawn" and self.samples is None:
             raise ValueError("samples: null given; allowed for source 'drawn': a number above 0, for it never ends")
-        if self.source != "drawn" and (self.path is None or "://" in self.path or "\0" in self.path):
+        path = "." if self.path is None and self.data_set else self.path
+        if self.source != "drawn" and (path is None or "://" in path or "\0" in path):
             raise ValueError(f"path: {self.path!r} given; allowed for source {self.source!r}: a file or folder on this machine")
+        for key in ("path", "images") if self.data_set else ():
+            if ".." in PurePosixPath(getattr(self, key) or "").parts:
+                raise ValueError(f"{key}: {getattr(self, key)!r} given; allowed with data_set: a place in the fetched folder")
         if self.task != TASK_OF.get(self.source, self.task):
             raise ValueError(f"task: {self.task!r} given; allowed for source {self.source!r}: {TASK_OF[self.source]!r}")
         if self.glob and (PurePosixPath(self.glob).is_absolute() or ".." in PurePosixPath(self.glob).parts):

@@ -13,6 +13,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, fi
 from runtime.params import parse_params
 from runtime.settings import Settings
 
+SHOWN = 120  # characters of an example
+
 
 class Layout(NamedTuple):
     """A record is of this layout if it has all of `keys`; its prompt stands under `prompt`."""
@@ -50,10 +52,27 @@ class UnknownLayout(ValueError):
     """A prompt file that is none of the layouts we read, or is broken."""
 
 
+class PromptFile(NamedTuple):
+    """What was read of a file, and as what."""
+
+    layout: str
+    prompts: list[str]
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a benchmark or training file, in its order, as they are written; blank lines of plain text are left out.
 
     path: a .json, .jsonl, .csv or .txt file, or a folder of .txt files, one prompt each, in the order of their names.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        UnknownLayout: naming the file, and the keys found or the item that is broken.
+    """
+    return read_prompt_file(path).prompts
+
+
+def read_prompt_file(path: Path) -> PromptFile:
+    """The same, with the name of the layout that the file was read as.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -64,14 +83,14 @@ def read_prompts(path: Path) -> list[str]:
         files = sorted(path.glob("*.txt"))
         if not files:
             raise UnknownLayout(f"{path}: a folder without .txt files; expected one prompt a file, or name a single file.")
-        return [_named(_read_text(file).strip(), file) for file in files]
+        return PromptFile("a folder of .txt files", [_named(_read_text(file).strip(), file) for file in files])
     readers = {".txt": _plain, ".json": _from_json, ".jsonl": _from_json, ".csv": _from_csv}
     if path.suffix not in readers:
         raise UnknownLayout(f"{path}: {path.suffix or 'no suffix'}; expected one of {sorted(readers)}, or a folder of .txt files.")
-    prompts = readers[path.suffix](path)
-    if not prompts:
+    read = readers[path.suffix](path)
+    if not read.prompts:
         raise UnknownLayout(f"{path}: holds no prompt.")
-    return prompts
+    return read
 
 
 def _read_text(path: Path) -> str:
@@ -81,17 +100,18 @@ def _read_text(path: Path) -> str:
         raise UnknownLayout(f"{path}: byte {error.start} is not UTF-8; convert the file.") from error
 
 
-def _plain(path: Path) -> list[str]:
-    return [line for line in _read_text(path).split("\n") if line.strip()]  # splitlines() would also cut at U+2028 inside a prompt
+def _plain(path: Path) -> PromptFile:
+    lines = [line for line in _read_text(path).split("\n") if line.strip()]  # splitlines() would also cut at U+2028 inside a prompt
+    return PromptFile("plain text, a prompt a line", lines)
 
 
-def _from_csv(path: Path) -> list[str]:
+def _from_csv(path: Path) -> PromptFile:
     """Only the prompt's column is read: other columns may hold JSON that does not parse (UniGenBench's long English row 509)."""
     rows = csv.DictReader(io.StringIO(_read_text(path)))
     return _prompts_of(((f"row {i}", row) for i, row in enumerate(rows)), path, rows.fieldnames or [])
 
 
-def _from_json(path: Path) -> list[str]:
+def _from_json(path: Path) -> PromptFile:
     text = _read_text(path)
     try:
         value = json.loads(text)
@@ -100,7 +120,8 @@ def _from_json(path: Path) -> list[str]:
     if isinstance(value, dict) and isinstance(value.get("data_list"), list):
         value = value["data_list"]
     if isinstance(value, dict) and value and all(isinstance(prompt, str) and name.endswith(".txt") for name, prompt in value.items()):
-        return [_named(prompt, f"{path}: {name}") for name, prompt in value.items()]  # DPG-Bench in one file: {"226.txt": prompt}
+        prompts = [_named(prompt, f"{path}: {name}") for name, prompt in value.items()]
+        return PromptFile("DPG-Bench in one file", prompts)  # {"226.txt": prompt}
     if isinstance(value, dict) and any(layout.keys <= set(value) for layout in LAYOUTS):
         value = [value]  # a .jsonl of one line
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -117,14 +138,15 @@ def _parse_line(line: str, number: int, path: Path) -> Any:
         raise UnknownLayout(f"{path}: line {number} is not JSON ({error}); expected one JSON value, or one on each line.") from error
 
 
-def _prompts_of(records: Iterable[tuple[str, Any]], path: Path, keys: Sequence[str]) -> list[str]:
+def _prompts_of(records: Iterable[tuple[str, Any]], path: Path, keys: Sequence[str]) -> PromptFile:
     layout = next((layout for layout in LAYOUTS if layout.keys <= set(keys)), None)
     if layout is None:
         known = "; ".join(f"{layout.name} ({', '.join(sorted(layout.keys))})" for layout in LAYOUTS)
         raise UnknownLayout(
             f"{path}: keys {sorted(map(str, keys))} are of no layout we read. Known: {known}. A new one is a row of LAYOUTS."
         )
-    return [_named(record.get(layout.prompt) if isinstance(record, dict) else None, f"{path}: {name}") for name, record in records]
+    prompts = [_named(record.get(layout.prompt) if isinstance(record, dict) else None, f"{path}: {name}") for name, record in records]
+    return PromptFile(layout.name, prompts)
 
 
 def _named(prompt: Any, where: object) -> str:
@@ -201,3 +223,28 @@ def read_rl_mixture(path: Path) -> RLMixture:
         raise FileNotFoundError(f"{path} names {len(files)} prompt files, {len(absent)} of which are missing: {', '.join(absent)}.")
     read = [s.model_copy(update={"path": files[s.name], "prompts": tuple(read_prompts(files[s.name]))}) for s in mixture.datasets]
     return mixture.model_copy(update={"datasets": tuple(read)})
+
+
+def print_prompt_file(path: Path, read: PromptFile, first: int = 5) -> None:
+    """Count and layout, then the first prompts."""
+    print(f"{path}: {len(read.prompts):,} prompts, {read.layout}")
+    _print_examples(read.prompts, first)
+
+
+def print_rl_mixture(mixture: RLMixture, examples: int = 3) -> None:
+    """A line a set: its prompts, its share of the draws, its rewards; then the first prompts of each."""
+    print(f"{'set':28}{'prompts':>9}{'weight':>8}{'share':>8}  rewards ({mixture.sampling_mode})")
+    shares = mixture.shares()
+    for prompt_set in mixture.datasets:
+        rewards = ", ".join(f"{name} {weight:g}" for name, weight in prompt_set.rewards.items())
+        facts = f"{prompt_set.name:28}{len(prompt_set.prompts):9,}{prompt_set.sample_weight:8g}{shares[prompt_set.name]:8.1%}"
+        print(f"{facts}  {rewards}")
+    for prompt_set in mixture.datasets:
+        print(f"\n{prompt_set.name}: {prompt_set.path}")
+        _print_examples(prompt_set.prompts, examples)
+
+
+def _print_examples(prompts: Sequence[str], number: int) -> None:
+    for prompt in prompts[:number]:
+        line = " ".join(prompt.split())
+        print(f"  {line if len(line) <= SHOWN else line[: SHOWN - 1] + '…'}")

@@ -80,7 +80,8 @@ class Record:
     """One sample of a source, as found: target and references are encoded image bytes.
 
     texts: further fields of the record (reasoning, render_text, negative_prompt); scores: columns such as aesthetic, nsfw, clip; origin:
-    url, attribution, path; scene: the drawn world's own description, for the verifier, None elsewhere.
+    url, attribution, path, and of the catalogue's sets data_set and published (owner/name@revision); scene: the drawn world's own
+    description, for the verifier, None elsewhere.
     """
 
     source_id: str

@@ -4,6 +4,8 @@ import os
 import shutil
 
 from data.build import TABLES, Stopped, build_part, plan_chunks
+from data.catalog import load_catalog
+from data.data_sets import check_parts, located
 from data.loader import read_part
 from data.mixture import cycle, resolve_mixture
 from data.pictures import save_facts, save_samples
@@ -17,11 +19,21 @@ from runtime.stage import StageRun
 
 
 def run_shards(run: StageRun) -> None:
-    """Build `outputs/shards/<part>/`; chunks and shards finished by an interrupted build are kept."""
+    """Build `outputs/shards/<part>/`; chunks and shards finished by an interrupted build are kept.
+
+    Raises:
+        ParamsError: a part differs from the catalogue's entry that it names, or the catalogue refuses that entry.
+        FileNotFoundError: what the part reads is not there; for a data set, with the command that fetches it.
+        OtherContent: it holds other bytes than were pinned or published.
+        Interrupted: asked to stop; the same command goes on.
+    """
     name = run.stage.key or ""
     data = run.params.data
+    catalog = load_catalog()
+    check_parts(data, catalog)
     if data.store is not None:
         raise FileNotFoundError(f"data.store: {data.store!r}, but publishing shards to a store is not built yet; set it to null.")
+    data = located(name, run.params, catalog, run.root)
     check_content(name, data.parts[name], run.root)
     folder = run.folder / "shards"
     chunks = plan_chunks(name, data, run.root)
@@ -52,7 +64,14 @@ def run_shards(run: StageRun) -> None:
 
 
 def run_mixture(run: StageRun) -> None:
-    """Write `outputs/mixture/<stage>.json`, after checking every part it reads, and that no evaluation sample is among them."""
+    """Write `outputs/mixture/<stage>.json`, after checking every part it reads, and that no evaluation sample is among them.
+
+    Raises:
+        ParamsError: a part differs from the catalogue's entry that it names, or the catalogue refuses that entry.
+        EvaluationLeak: a part whose policy is fail holds samples of an evaluation set.
+        FileNotFoundError: a part that is not built.
+    """
+    check_parts(run.params.data, load_catalog())
     stage = run.stage.key or ""
     shards = run.root / "outputs" / "shards"
     config = run.params.mixture[stage]  # type: ignore[index]

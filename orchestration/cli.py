@@ -252,6 +252,7 @@ def fetch(
     """Bring what a preset needs from the network into outputs/fetched. What is there is not loaded again; a broken run goes on."""
     if context.invoked_subcommand is not None:
         return
+    from orchestration.catalogue import catalogue_wants
     from orchestration.presets import preset_text
     from runtime.fetch import choose, wanted_by
     from runtime.fetch import fetch as fetch_all
@@ -260,8 +261,10 @@ def fetch(
 
     root = _root()
     params = check_params(parse_params(preset_text(root, preset))) if preset else load_params(root / "params.yaml")
+    file = root / "presets" / f"{preset}.yaml" if preset else root / "params.yaml"
     with _interruptible("deepgen fetch"):
-        fetch_all(root, choose(wanted_by(params), only or []), accept or [], Hub.from_environment(), dry_run, typer.echo)
+        wants = wanted_by(params, catalogue_wants(root, params, file))
+        fetch_all(root, choose(wants, only or []), accept or [], Hub.from_environment(), dry_run, typer.echo)
 
 
 @fetch_app.command("urls")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration.catalogue import check_catalogue
 from orchestration.console import terminal_for_us
 from orchestration.stores import init_stores
 from runtime import exits
@@ -47,10 +48,11 @@ def run_pipeline(root: Path) -> Outcome:
     """Check params.yaml, then bring everything up to date.
 
     Raises:
-        ParamsError: before anything is touched.
+        ParamsError: before anything is touched; of a part that the catalogue contradicts or refuses as well.
         AlreadyRunning: another one holds the lock.
     """
     params = load_params(root / "params.yaml")
+    check_catalogue(root, params)
     with only_one(root):
         init_stores(root, params.registry.experiment)
         import dagster as dg

@@ -15,6 +15,7 @@ FAILED = 1
 BAD_PARAMS = 2
 INPUTS_CHANGED = 3
 LOCKED = 4
+NO_READER = 141  # as a shell reports SIGPIPE: what this printed was not read to its end
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command to go on
 
 PR_SET_PDEATHSIG = 1

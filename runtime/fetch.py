@@ -15,8 +15,10 @@ from runtime.hub import Hub, RemoteFile, part_of
 from runtime.params import Params
 from runtime.progress import Progress
 
-SAFE = {".safetensors", ".json", ".txt", ".model", ".parquet", ".tar"}  # none of them runs when it is opened as what it says
-PAYLOAD = {".safetensors", ".parquet", ".tar"}
+# Endings of what may come; none of them runs when it is opened as what it says.
+SAFE = {".safetensors", ".json", ".txt", ".model", ".parquet", ".tar"}
+SAFE_DATA = SAFE | {".jsonl", ".csv", ".tsv", ".arrow", ".jpg", ".jpeg", ".png", ".webp"}
+PAYLOAD = {".safetensors", ".parquet", ".tar", ".arrow"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 SPARE = 1_000_000_000  # bytes that stay free on the disk
 MEGABYTE = 1_000_000
@@ -82,7 +84,8 @@ def fetch(root: Path, wants: Sequence[Wanted], accepted: Sequence[str], hub: Hub
         return
     if not dry_run:
         refuse_unaccepted(missing, accepted, hub)
-    plans = [make_plan(root, wanted, hub) for wanted in missing]
+    coming: set[Path] = set()
+    plans = [make_plan(root, wanted, hub, coming) for wanted in missing]
     say(table(root, plans))
     refuse_short_disk(root, plans)
     if dry_run:
@@ -97,13 +100,13 @@ def refuse_unread(wants: Sequence[Wanted]) -> None:
     """Raises FetchRefused for a revision or a licence that nobody has written down."""
     lines = []
     for wanted in wants:
+        about = f"  {wanted.name}: {wanted.repo} has no"
         if wanted.revision is None:
-            lines.append(f"  {wanted.name}: {wanted.repo} has no pinned revision; look at its files, then write the full commit hash")
-        elif wanted.licence is None:
-            lines.append(f"  {wanted.name}: {wanted.repo} has no licence written down; read its model card, then write the licence's name")
+            lines.append(f"{about} pinned revision; look at its files, then write the full commit hash into {wanted.revision_in}")
+        if wanted.licence is None:
+            lines.append(f"{about} licence written down; read its card, then write the licence's name into {wanted.licence_in}")
     if lines:
-        where = "foundation.hub of the params file, or the catalogue's entry. --only NAME fetches the others."
-        raise FetchRefused("\n".join(["can't be fetched yet:", *lines, f"It belongs in {where}"]))
+        raise FetchRefused("\n".join(["can't be fetched yet:", *lines, "--only NAME fetches the others."]))
 
 
 def refuse_unaccepted(wants: Sequence[Wanted], accepted: Sequence[str], hub: Hub) -> None:
@@ -120,21 +123,25 @@ def refuse_unaccepted(wants: Sequence[Wanted], accepted: Sequence[str], hub: Hub
         )
 
 
-def make_plan(root: Path, wanted: Wanted, hub: Hub) -> Plan:
+def make_plan(root: Path, wanted: Wanted, hub: Hub, coming: set[Path]) -> Plan:
     """List the commit and keep what may come.
+
+    coming: files that an earlier plan brings, for two names may share a repository; this plan's are added.
 
     Raises:
         FetchRefused: weights come as pickles only, or nothing fits the patterns.
     """
-    plan, pickles = Plan(wanted, []), []
+    plan, pickles, safe = Plan(wanted, []), [], SAFE_DATA if wanted.repo_type == "dataset" else SAFE
     for file in hub.list_files(wanted):
         ending = PurePosixPath(file.path).suffix
         if not wanted.allows(file.path):
             continue
-        if ending in SAFE:
+        if ending in safe:
             plan.files.append(file)
             target = root / wanted.folder / file.path
-            plan.here += file.size if size_of(target) == file.size else min(size_of(part_of(target)), file.size)
+            there = target in coming or size_of(target) == file.size
+            plan.here += file.size if there else min(size_of(part_of(target)), file.size)
+            coming.add(target)
             continue
         plan.left_out[ending or "no ending"] += 1
         pickles += [file.path] if ending in PICKLES else []
@@ -144,7 +151,7 @@ def make_plan(root: Path, wanted: Wanted, hub: Hub) -> Plan:
         )
     if not plan.files:
         raise FetchRefused(
-            f"{wanted.name}: no file of {wanted.repo} fits {', '.join(wanted.allow_patterns)} with endings {', '.join(sorted(SAFE))}."
+            f"{wanted.name}: no file of {wanted.repo} fits {', '.join(wanted.allow_patterns)} with endings {', '.join(sorted(safe))}."
         )
     return plan
 

@@ -6,7 +6,7 @@
 import fnmatch
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from model.config import FoundationConfig
@@ -37,6 +37,8 @@ class Wanted:
     licence: str | None
     gated: bool = False
     allow_patterns: tuple[str, ...] = ("*",)  # of whole paths; `*` crosses folders
+    revision_in: str = "foundation.hub of the params file"  # where a person writes it
+    licence_in: str = "foundation.hub of the params file"
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -77,7 +79,8 @@ def foundation_wants(config: FoundationConfig) -> list[Wanted]:
     for part in HUB_PARTS:
         weights = config.hub[part]  # type: ignore[index]
         patterns = (f"{weights.subfolder}/*",) if weights.subfolder else ("*",)
-        wants.append(Wanted(part, weights.repo, "model", weights.revision, weights.licence, weights.gated, patterns))
+        place = f"foundation.hub.{part} of the params file"
+        wants.append(Wanted(part, weights.repo, "model", weights.revision, weights.licence, weights.gated, patterns, place, place))
     return wants
 
 
@@ -85,6 +88,15 @@ def write_receipt(root: Path, wanted: Wanted, files: dict[str, FetchedFile]) -> 
     """The last thing written: with it, `wanted` is there."""
     lines = {path: {"bytes": file.bytes, "sha256": file.sha256} for path, file in files.items()}
     write_json(root / wanted.receipt, _head(wanted) | {"files": lines})
+
+
+def published_at(path: str) -> str | None:
+    """`owner/name@revision` of a path, from the project, that lies in the folder of some `Wanted`; None for any other."""
+    parts = PurePath(path).parts
+    inner = parts[len(FETCHED.parts) :]
+    if parts[: len(FETCHED.parts)] != FETCHED.parts or len(inner) < 3 or not REVISION.fullmatch(inner[2]):
+        return None
+    return f"{inner[1].replace('--', '/', 1)}@{inner[2]}"
 
 
 def fetched_files(root: Path, wanted: Wanted) -> dict[str, FetchedFile] | None:

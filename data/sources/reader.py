@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from data.config import PartConfig
 from data.records import Reason, Record, Refused
 from data.sources.files import Bad, check_size, read_inside, shown
+from runtime.fetched import published_at
 
 # What a record's fields may be called, whatever the source. Of several names the first that the record has is taken.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -54,6 +55,7 @@ class Reader(ABC):
         """Raises FileNotFoundError where `path` is not there."""
         self.name, self.part = name, part
         self.path = root / str(part.path)
+        self.provenance = {"data_set": part.data_set, "published": published_at(str(part.path)) if part.data_set else None}
         folder = self.path if self.path.is_dir() else self.path.parent
         self.folder = (root / part.images if part.images else folder).resolve()  # no image is read outside it
         own: dict[str, tuple[str, ...]] = {
@@ -62,7 +64,11 @@ class Reader(ABC):
         self.names: dict[str, tuple[str, ...]] = {**NAMES, **(names or {}), **own}
         for path in (self.path, self.folder):
             if not path.exists():
-                fetch = f" Get it with `deepgen fetch {part.path}`." if part.source == "hugging_face" else ""
+                fetch = (
+                    " `deepgen fetch` brings a set that the catalogue has and the part names by `data_set`."
+                    if part.source == "hugging_face"
+                    else ""
+                )
                 raise FileNotFoundError(f"{name}: {path} is not there; expected what source {part.source!r} reads.{fetch}")
 
     def __len__(self) -> int:
@@ -95,7 +101,7 @@ class Reader(ABC):
         if wrong := [key for key, text in texts.items() if not isinstance(text, str | None)]:
             raise Bad(Reason.RECORD_BAD, f"{wrong[0]} is a {type(texts[wrong[0]]).__name__}; expected text")
         scores = {key: _score(found.row.get(column), column) for key, column in (self.part.scores or {}).items()}
-        origin = {key: self.pick(found.row, key) for key in ("url", "attribution")} | {"path": path}
+        origin = {key: self.pick(found.row, key) for key in ("url", "attribution")} | {"path": path} | self.provenance
         return Record(
             source_id=source_id,
             source=self.name,

@@ -385,8 +385,8 @@ def test_a_parquet_page_that_is_damaged_costs_its_row_group_and_a_cut_file_the_s
 # Hugging Face.
 
 
-def test_a_hub_id_that_is_not_here_names_the_command_that_fetches_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="deepgen fetch someone/pets"):
+def test_a_hub_id_in_place_of_a_path_is_told_how_sets_of_the_hub_come(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`deepgen fetch` brings a set that the catalogue has and the part names by `data_set`"):
         open_source("pets", part("hugging_face", "someone/pets"), tmp_path)
 
 

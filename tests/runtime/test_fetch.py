@@ -15,7 +15,7 @@ import pytest
 
 from runtime import exits
 from runtime.fetch import AlreadyFetching, _alone, fetch
-from runtime.fetched import FetchRefused, Wanted, fetched_files
+from runtime.fetched import FetchRefused, Wanted, fetched_files, published_at
 from runtime.files import read_json
 from runtime.hub import FetchFailed, Hub, part_of
 from tests.runtime.fake_hub import REVISION, FakeHub, serving
@@ -91,6 +91,29 @@ def test_two_parts_of_one_repository_share_a_folder_and_keep_receipts_of_their_o
     assert fetched_files(tmp_path, replace(dit, allow_patterns=("*",))) is None, "a receipt of something else"
 
 
+def test_a_data_set_comes_with_its_lists_and_pictures_and_weights_without(tmp_path: Path):
+    files = {"list.jsonl": b"{}", "a/b.jpg": b"picture", "rows.parquet": b"rows", "load.py": b"print()", "x.zip": b"PK"}
+    with serving(files) as hub:
+        data = replace(VLM, name="pets", repo_type="dataset")
+        assert "left out 1 .py, 1 .zip" in bring(tmp_path, hub, data)
+        assert set(content(tmp_path, data)) == {"list.jsonl", "a/b.jpg", "rows.parquet"}
+        bring(tmp_path, hub)
+        assert set(content(tmp_path)) == {"rows.parquet"}
+
+
+def test_a_fetched_path_says_what_was_published_there():
+    data = replace(VLM, repo="maker/pets-2", repo_type="dataset")
+    assert published_at(str(data.folder)) == published_at(str(data.folder / "tars" / "a.tar")) == f"maker/pets-2@{REVISION}"
+    for other in (str(data.folder.parent), "/" + str(data.folder), str(replace(data, revision=None).folder), "photos", "."):
+        assert published_at(other) is None
+
+
+def test_two_names_of_one_repository_are_loaded_and_counted_once(tmp_path: Path, hub: FakeHub):
+    other = replace(VLM, name="other")
+    assert "to download 10.2 kB" in bring(tmp_path, hub, VLM, other)
+    assert len(hub.bodies) == 2 and fetched_files(tmp_path, VLM) == fetched_files(tmp_path, other) is not None
+
+
 def test_a_listing_in_pages_is_read_to_its_end_and_at_our_own_address(tmp_path: Path, hub: FakeHub):
     hub.page_length = 2
     bring(tmp_path, hub)
@@ -124,6 +147,11 @@ def test_a_revision_or_licence_that_nobody_wrote_down_is_refused_by_name(tmp_pat
         bring(tmp_path, hub, replace(VLM, revision=None))
     with pytest.raises(FetchRefused, match="vlm: maker/parts has no licence"):
         bring(tmp_path, hub, replace(VLM, licence=None))
+    birds = Wanted(
+        "birds", "maker/birds", "dataset", None, None, revision_in="catalog.yaml birds.hub", licence_in="catalog.yaml birds.licence"
+    )
+    with pytest.raises(FetchRefused, match=r"(?s)hash into catalog.yaml birds\.hub\n.*name into catalog.yaml birds\.licence\n"):
+        bring(tmp_path, hub, birds)
     with pytest.raises(FetchRefused, match="branches and tags move"):
         replace(VLM, revision="main")
     assert hub.requests == []
