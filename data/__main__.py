@@ -72,12 +72,13 @@ def main() -> None:
     from data.images import BadImage
     from data.shards import ShardMismatch
     from runtime.params import ParamsError
+    from runtime.store import StoreError
 
     try:
         {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}[arguments.verb](
             arguments
         )
-    except (ShardMismatch, BadImage, CannotAdd, ParamsError, FileNotFoundError, ValueError) as error:
+    except (ShardMismatch, BadImage, CannotAdd, ParamsError, StoreError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(exits.FAILED)
 

@@ -1,10 +1,8 @@
 """Shards to batches. Position in the stream is one number, so that a stopped run goes on exactly, with any number of ranks."""
 
 import json
-import os
-import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +13,8 @@ import numpy as np
 
 from data.images import decode_image
 from data.mixture import TaskStream, cycle
-from data.shards import ShardMismatch, check_file
+from data.shards import ShardMismatch, check_file, split_members
+from data.store import open_tars
 from runtime.files import read_json
 
 AHEAD = 2  # batches a worker makes ahead
@@ -57,23 +56,14 @@ class Batch:
 
 
 class Part:
-    """Random access to a published part. Each tar's sha256 is checked before its first sample is read."""
+    """Random access to a published part. Tars, index and samples are checked against the manifest, as `open_tars` says."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "manifest.json").is_file():
             raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro shards@{folder.name}` or `deepgen run`.")
         self.folder = folder
         self.manifest = read_json(folder / "manifest.json")
-        self.handles: dict[int, int] = {}
-        self.opening = threading.Lock()
-        for shard in self.manifest["shards"]:
-            path = folder / shard["name"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-                raise ShardMismatch(
-                    f"{path}: {found}, its manifest says {shard['bytes']} bytes. Rebuild it with `dvc repro -f shards@{folder.name}`, "
-                    "or `deepgen run`."
-                )
+        self.tars = open_tars(folder, self.manifest)
         check_file(folder / "index.npy", self.manifest["files"]["index.npy"])
 
     @cached_property
@@ -89,22 +79,10 @@ class Part:
     def read(self, row: int, out: Mapping[str, np.ndarray]) -> Sample:
         """Sample number `row`, its images decoded into the arrays of `out` (role -> uint8 (H, W, 3)) where there is one."""
         shard, offset, size = (int(value) for value in self.index[row])
-        if shard not in self.handles:
-            with self.opening:
-                self._open(shard)
-        return parse_sample(os.pread(self.handles[shard], size, offset), f"{self.folder.name} row {row}", out)
-
-    def _open(self, shard: int) -> None:
-        """Check the whole tar, once, whichever thread comes first."""
-        if shard not in self.handles:
-            entry = self.manifest["shards"][shard]
-            check_file(self.folder / entry["name"], entry["sha256"])
-            self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
+        return parse_sample(self.tars.read(shard, offset, size), f"{self.folder.name} row {row}", out)
 
     def close(self) -> None:
-        for handle in self.handles.values():
-            os.close(handle)
-        self.handles.clear()
+        self.tars.close()
 
 
 def parse_sample(content: bytes, name: str, out: Mapping[str, np.ndarray]) -> Sample:
@@ -117,37 +95,29 @@ def parse_sample(content: bytes, name: str, out: Mapping[str, np.ndarray]) -> Sa
     members = split_members(content, name)
     key = next(iter(members)).partition(".")[0]
     facts = json.loads(bytes(members.pop(f"{key}.json")))
-    images = {}
-    for member, image in members.items():
-        role, _, _ = member.removeprefix(f"{key}.").rpartition(".")
-        images[role] = decode_image(bytes(image), f"{name} {member}", out.get(role))
-    target = images.pop("tgt")
+    return decode_sample(key, facts, {member.removeprefix(f"{key}."): bytes(image) for member, image in members.items()}, name, out)
+
+
+def decode_sample(key: str, facts: dict[str, Any], images: Mapping[str, bytes], name: str, out: Mapping[str, np.ndarray]) -> Sample:
+    """A sample's JSON and its encoded images ("tgt.png" -> bytes) -> Sample, decoded into the arrays of `out` where there is one.
+
+    Raises:
+        BadImage: naming `name`: an image is not whole.
+    """
+    pixels = {}
+    for member, content in images.items():
+        role, _, _ = member.rpartition(".")
+        pixels[role] = decode_image(content, f"{name} {key}.{member}", out.get(role))
+    target = pixels.pop("tgt")
     return Sample(
         key=key,
         task=facts["task"],
         kind=facts["kind"],
         prompt=facts["prompt"],
         target=target,
-        references=tuple(images[f"src.{i}"] for i in range(len(images))),
+        references=tuple(pixels[f"src.{i}"] for i in range(len(pixels))),
         scene=facts["scene"] or {},
     )
-
-
-BLOCK = 512
-
-
-def split_members(content: bytes, name: str) -> dict[str, memoryview]:
-    """Member name -> bytes of a run of USTAR entries, without a copy: tarfile takes longer over headers than libjpeg over a small image."""
-    members: dict[str, memoryview] = {}
-    view, place = memoryview(content), 0
-    while place < len(content):
-        header = content[place : place + BLOCK]
-        if header[257:263] != b"ustar\0" or header[156:157] != b"0":
-            raise ShardMismatch(f"{name}: no plain file's USTAR header at byte {place} of its run; rebuild the part, with `dvc repro -f`.")
-        size = int(header[124:135], 8)
-        members[header[:100].rstrip(b"\0").decode("ascii")] = view[place + BLOCK : place + BLOCK + size]
-        place += BLOCK + -(-size // BLOCK) * BLOCK
-    return members
 
 
 def shapes_of(bucket: str) -> dict[str, tuple[int, int]]:
@@ -155,6 +125,25 @@ def shapes_of(bucket: str) -> dict[str, tuple[int, int]]:
     sizes = [size.split("x") for size in bucket.split("<")]
     roles = ["tgt", *(f"src.{i}" for i in range(len(sizes) - 1))]
     return {role: (int(height), int(width)) for role, (width, height) in zip(roles, sizes, strict=True)}
+
+
+def empty_images(bucket: str, number: int) -> dict[str, np.ndarray]:
+    """Role -> uint8 (number, H, W, 3) of a bucket's images, to be decoded into."""
+    return {role: np.empty((number, *shape, 3), np.uint8) for role, shape in shapes_of(bucket).items()}
+
+
+def join_samples(index: int, samples: Sequence[Sample], images: dict[str, np.ndarray], positions: tuple[int, ...]) -> Batch:
+    """A batch of samples of one task, whose pixels lie in `images` (role -> uint8 (B, H, W, 3))."""
+    return Batch(
+        index=index,
+        task=samples[0].task,
+        prompts=tuple(sample.prompt for sample in samples),
+        target_images=images["tgt"],
+        reference_images=tuple(pixels for role, pixels in images.items() if role != "tgt"),
+        keys=tuple(sample.key for sample in samples),
+        scenes=tuple(sample.scene for sample in samples),
+        positions=positions,
+    )
 
 
 def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
@@ -257,17 +246,8 @@ class Loader:
         share = self.batch_size // self.world_size
         first = self.rank * share
         size, addresses = self.streams[task].batch(nth, self.batch_size)
-        images = {role: np.empty((share, *shape, 3), np.uint8) for role, shape in shapes_of(size).items()}
+        images = empty_images(size, share)
         samples = []
         for i, (part, row) in enumerate(addresses[first : first + share]):
             samples.append(self.parts[part].read(row, {role: pixels[i] for role, pixels in images.items()}))
-        return Batch(
-            index=index,
-            task=task,
-            prompts=tuple(sample.prompt for sample in samples),
-            target_images=images.pop("tgt"),
-            reference_images=tuple(images.values()),
-            keys=tuple(sample.key for sample in samples),
-            scenes=tuple(sample.scene for sample in samples),
-            positions=tuple(index * self.batch_size + first + i for i in range(share)),
-        )
+        return join_samples(index, samples, images, tuple(index * self.batch_size + first + i for i in range(share)))

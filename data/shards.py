@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from data.preparation import chunk_files
-from runtime.files import fsync_folder, read_json, sha256_file, sha256_json, write_json
+from runtime.files import fsync_folder, read_json, sha256_bytes, sha256_file, sha256_json, write_json
+from runtime.store import Store, shard_store, tar_name
 
 INDEX = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
 FORMAT = 2
+BLOCK = 512  # bytes of a tar header, and what members are padded to
 
 
 class ShardMismatch(Exception):
@@ -130,18 +132,66 @@ def _verify_by_reading(tar: Path, samples: int) -> None:
         raise ShardMismatch(f"{tar}: {seen} samples read back, {samples} written; is a key there twice?")
 
 
-def verify_part(folder: Path) -> dict[str, Any]:
+def split_members(content: bytes, name: str) -> dict[str, memoryview]:
+    """Member name -> bytes of a run of USTAR entries, without a copy: tarfile takes longer over headers than libjpeg over a small image."""
+    members: dict[str, memoryview] = {}
+    view, place = memoryview(content), 0
+    while place < len(content):
+        header = content[place : place + BLOCK]
+        if header[257:263] != b"ustar\0" or header[156:157] != b"0":
+            raise ShardMismatch(f"{name}: no plain file's USTAR header at byte {place} of its run; rebuild the part, with `dvc repro -f`.")
+        size = int(header[124:135], 8)
+        members[header[:100].rstrip(b"\0").decode("ascii")] = view[place + BLOCK : place + BLOCK + size]
+        place += BLOCK + -(-size // BLOCK) * BLOCK
+    return members
+
+
+def check_images(facts: dict[str, Any], images: Mapping[str, bytes], where: str) -> None:
+    """Raises ShardMismatch, naming `where`, unless `images` ("tgt.png" -> bytes) are those that the sample's JSON lists, by sha256."""
+    wanted = {f"{image['role']}.{image['extension']}": image["sha256"] for image in facts["images"]}
+    missing = sorted(wanted.keys() - images.keys())
+    spoilt = sorted(name for name in images if name not in wanted or sha256_bytes(images[name]) != wanted[name])
+    if missing or spoilt:
+        raise ShardMismatch(f"{where}: images missing: {missing or 'none'}; not of the sha256 in the sample's JSON: {spoilt or 'none'}")
+
+
+def verify_part(folder: Path, whole: bool = True) -> dict[str, Any]:
     """The manifest of a published part, after checking index, tables and every tar against it.
+
+    Args:
+        whole: fetch the tars of a store and hash them, as those on this machine are; without it, see that they are there with their sizes.
 
     Raises:
         ShardMismatch: naming the file, and the command that rebuilds it.
+        StoreError: the store can't be read.
     """
     if not (folder / "manifest.json").is_file():
         raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro shards@{folder.name}` or `deepgen run`.")
-    manifest = read_json(folder / "manifest.json")
-    for name, expected in [*manifest["files"].items(), *((shard["name"], shard["sha256"]) for shard in manifest["shards"])]:
+    manifest = cast(dict[str, Any], read_json(folder / "manifest.json"))
+    for name, expected in manifest["files"].items():
         check_file(folder / name, expected)
-    return cast(dict[str, Any], manifest)
+    store = shard_store(manifest)
+    if store is not None:
+        check_stored(store, manifest, whole)
+    else:
+        for shard in manifest["shards"]:
+            check_file(folder / shard["name"], shard["sha256"])
+    return manifest
+
+
+def check_stored(store: Store, manifest: dict[str, Any], whole: bool) -> None:
+    """Raises ShardMismatch unless every tar of a part is in its store, of its size and, if `whole`, of its sha256."""
+    rebuild = f"`dvc repro -f shards@{manifest['part']}`"
+    for shard in manifest["shards"]:
+        url, size = store.url(tar_name(shard)), store.size(tar_name(shard))
+        if size != shard["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise ShardMismatch(f"{url}: {found}, the manifest says {shard['bytes']} bytes. Rebuild it with {rebuild}.")
+        if whole and store.sha256(tar_name(shard)) != shard["sha256"]:
+            raise ShardMismatch(
+                f"{url} has not the sha256 {shard['sha256'][:12]}... that its manifest names. Remove it from the store, then "
+                f"rebuild it with {rebuild}."
+            )
 
 
 def check_file(path: Path, sha256: str) -> None:
