@@ -33,7 +33,7 @@ from data.config import DataConfig, ImageRules, MixtureConfig, PartConfig
 from data.duplicates import near_pairs
 from data.loader import Loader, Part
 from data.mixture import resolve_mixture
-from data.shards import INDEX
+from data.shards import INDEX, split_members
 from runtime.files import sha256_file, write_json
 
 SIDE = 512
@@ -148,11 +148,9 @@ def loading(shards: Path, number: int, rates: dict[str, float]) -> list[Row]:
 
 
 def _target(part: Part, row: int) -> bytes:
-    from data.shards import split_members
 
     shard, offset, size = (int(value) for value in part.index[row])
-    part[row]
-    members = split_members(os.pread(part.handles[shard], size, offset), "target")
+    members = split_members(part.tars.read(shard, offset, size), "target")
     return next(bytes(content) for name, content in members.items() if ".tgt." in name)
 
 

@@ -82,6 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
 
     from runtime.params import ParamsError
+    from runtime.store import StoreError
 
     light = {"catalog": _catalog, "check": _check, "wants": _wants, "prompts": _prompts}
     if arguments.verb in light:
@@ -100,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
     heavy = {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}
     try:
         heavy[arguments.verb](arguments)
-    except (ShardMismatch, BadImage, CannotAdd, OtherContent, ParamsError, FileNotFoundError, ValueError) as error:
+    except (ShardMismatch, BadImage, CannotAdd, OtherContent, ParamsError, StoreError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(exits.FAILED)
 

@@ -1,9 +1,20 @@
 """Settings of parts, shards and mixtures, as written under `data:` and `mixture:` in params.yaml. Imports nothing heavy."""
 
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from runtime.settings import Settings
 
@@ -151,7 +162,7 @@ class DataConfig(Settings):
 
     image_size: int = Field(ge=32, multiple_of=32, description="pixels a side of a square image; others have about this area")
     shard_samples: PositiveInt = Field(description="samples a tar")
-    store: str | None = Field(None, description="fsspec URL where tars live; null keeps them beside their manifest")
+    store: str | None = Field(None, description="fsspec URL of a folder that takes the tars; null keeps them beside their manifest")
     images: ImageRules = ImageRules()
     texts: TextRules = TextRules()
     evaluation_prompts: tuple[str, ...] = Field(
@@ -163,6 +174,15 @@ class DataConfig(Settings):
     @property
     def rules(self) -> PreparationRules:
         return PreparationRules(image_size=self.image_size, images=self.images, texts=self.texts)
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_one_url(cls, store: str | None) -> str | None:
+        if store is not None and (not re.match(r"[a-z][a-z0-9+.-]*://", store) or "::" in store):
+            raise ValueError(f"{store!r} given; allowed: null, or one URL as file:///data/store or s3://bucket/folder")
+        if store is not None and urlsplit(store).password is not None:  # it would be in every manifest
+            raise ValueError("a URL with a password given; allowed: one without, its credentials in the environment")
+        return store
 
     @model_validator(mode="after")
     def _drawn_images_have_one_size(self) -> Self:

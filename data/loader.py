@@ -1,8 +1,6 @@
 """Shards to batches. Position in the stream is one number, so that a stopped run goes on exactly, with any number of ranks."""
 
 import json
-import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +15,10 @@ from data.images import decode_image
 from data.latents import Latents, parse_latents, stack_latents
 from data.mixture import TaskStream, cycle
 from data.shards import ShardMismatch, check_file, split_members
+from data.store import open_tars
 from runtime.files import read_json
 
+Bytes = bytes | memoryview
 AHEAD = 2  # batches a worker makes ahead
 
 
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as it lies in its tar. name: where, for messages; images: role -> bytes of a file."""
+    """One sample as it lies in its tar. name: where, for messages; bucket: its sizes; images: role -> bytes of a file."""
 
     name: str
     key: str
@@ -49,7 +49,8 @@ class Encoded:
     kind: str
     prompt: str
     scene: dict[str, Any]
-    images: dict[str, memoryview]
+    bucket: str
+    images: Mapping[str, Bytes]
 
     def image(self, role: str, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 (H, W, 3), in `out` if given.
@@ -85,7 +86,7 @@ class Batch:
 
 
 class Part:
-    """Random access to a published part, or to its latents. Each tar's sha256 is checked before its first sample is read.
+    """Random access to a published part, or to its latents. Tars, index and samples are checked against the manifest, as `open_tars` says.
 
     Args:
         stage: of dvc.yaml, that makes the folder; by default the part's own.
@@ -96,16 +97,7 @@ class Part:
         if not (folder / "manifest.json").is_file():
             raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro {self.stage}` or `deepgen run`.")
         self.manifest = read_json(folder / "manifest.json")
-        self.handles: dict[int, int] = {}
-        self.opening = threading.Lock()
-        for shard in self.manifest["shards"]:
-            path = folder / shard["name"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-                raise ShardMismatch(
-                    f"{path}: {found}, its manifest says {shard['bytes']} bytes. Rebuild it with `dvc repro -f {self.stage}`, "
-                    "or `deepgen run`."
-                )
+        self.tars = open_tars(folder, self.manifest, self.stage)
         check_file(folder / "index.npy", self.manifest["files"]["index.npy"], self.stage)
 
     @cached_property
@@ -125,22 +117,10 @@ class Part:
     def content(self, row: int) -> bytes:
         """The tar members of sample number `row`."""
         shard, offset, size = (int(value) for value in self.index[row])
-        if shard not in self.handles:
-            with self.opening:
-                self._open(shard)
-        return os.pread(self.handles[shard], size, offset)
-
-    def _open(self, shard: int) -> None:
-        """Check the whole tar, once, whichever thread comes first."""
-        if shard not in self.handles:
-            entry = self.manifest["shards"][shard]
-            check_file(self.folder / entry["name"], entry["sha256"], self.stage)
-            self.handles[shard] = os.open(self.folder / entry["name"], os.O_RDONLY)
+        return self.tars.read(shard, offset, size)
 
     def close(self) -> None:
-        for handle in self.handles.values():
-            os.close(handle)
-        self.handles.clear()
+        self.tars.close()
 
 
 def parse_sample(content: bytes, name: str) -> Encoded:
@@ -152,8 +132,14 @@ def parse_sample(content: bytes, name: str) -> Encoded:
     members = split_members(content, name)
     key = next(iter(members)).partition(".")[0]
     facts = json.loads(bytes(members.pop(f"{key}.json")))
-    images = {member.removeprefix(f"{key}.").rpartition(".")[0]: image for member, image in members.items()}
-    return Encoded(name, key, facts["task"], facts["kind"], facts["prompt"], facts["scene"] or {}, images)
+    images = {member.removeprefix(f"{key}."): image for member, image in members.items()}
+    return encoded(name, key, facts, images)
+
+
+def encoded(name: str, key: str, facts: dict[str, Any], images: Mapping[str, Bytes]) -> Encoded:
+    """A sample's JSON and its image files ("tgt.png" -> bytes), put together."""
+    by_role = {member.rpartition(".")[0]: image for member, image in images.items()}
+    return Encoded(name, key, facts["task"], facts["kind"], facts["prompt"], facts["scene"] or {}, facts["bucket"], by_role)
 
 
 def shapes_of(bucket: str) -> dict[str, tuple[int, int]]:
@@ -161,6 +147,31 @@ def shapes_of(bucket: str) -> dict[str, tuple[int, int]]:
     sizes = [size.split("x") for size in bucket.split("<")]
     roles = ["tgt", *(f"src.{i}" for i in range(len(sizes) - 1))]
     return {role: (int(height), int(width)) for role, (width, height) in zip(roles, sizes, strict=True)}
+
+
+def make_batch(index: int, bucket: str, samples: Sequence[Encoded], positions: tuple[int, ...], latents: Latents | None = None) -> Batch:
+    """Samples of one task and one size, decoded; of those that have latents, the references only.
+
+    Raises:
+        BadImage: an image is not whole.
+    """
+    shapes = shapes_of(bucket)
+    rows = dict.fromkeys(shapes, len(samples)) | ({} if latents is None else {"tgt": 0})
+    images = {role: np.empty((rows[role], *shape, 3), np.uint8) for role, shape in shapes.items()}
+    for role, pixels in images.items():
+        for i in range(rows[role]):
+            samples[i].image(role, pixels[i])
+    return Batch(
+        index=index,
+        task=samples[0].task,
+        prompts=tuple(sample.prompt for sample in samples),
+        target_images=images.pop("tgt"),
+        reference_images=tuple(images.values()),
+        keys=tuple(sample.key for sample in samples),
+        scenes=tuple(sample.scene for sample in samples),
+        positions=positions,
+        latents=latents,
+    )
 
 
 def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
@@ -288,21 +299,6 @@ class Loader:
         size, addresses = self.streams[task].batch(nth, self.batch_size)
         mine = addresses[first : first + share]
         samples = [self.parts[part].read(row) for part, row in mine]
+        positions = tuple(index * self.batch_size + first + i for i in range(share))
         cached = all(part in self.latents for part, _ in addresses)
-        shapes = shapes_of(size)
-        rows = dict.fromkeys(shapes, share) | ({"tgt": 0} if cached else {})
-        images = {role: np.empty((rows[role], *shape, 3), np.uint8) for role, shape in shapes.items()}
-        for role, pixels in images.items():
-            for i in range(rows[role]):
-                samples[i].image(role, pixels[i])
-        return Batch(
-            index=index,
-            task=task,
-            prompts=tuple(sample.prompt for sample in samples),
-            target_images=images.pop("tgt"),
-            reference_images=tuple(images.values()),
-            keys=tuple(sample.key for sample in samples),
-            scenes=tuple(sample.scene for sample in samples),
-            positions=tuple(index * self.batch_size + first + i for i in range(share)),
-            latents=self._latents(mine, samples) if cached else None,
-        )
+        return make_batch(index, size, samples, positions, self._latents(mine, samples) if cached else None)

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from data.preparation import chunk_files
-from runtime.files import fsync_folder, read_json, sha256_file, sha256_json, write_atomic, write_json
+from runtime.files import fsync_folder, read_json, sha256_bytes, sha256_file, sha256_json, write_atomic, write_json
+from runtime.store import Store, shard_store, tar_name
 
 INDEX = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
 FORMAT = 2
-BLOCK = 512  # bytes that a tar is counted in
+BLOCK = 512  # bytes of a tar header, and what members are padded to
 
 
 class ShardMismatch(Exception):
@@ -79,7 +80,7 @@ def build_shard(plan: Plan, folder: Path) -> Receipt:
     with ExitStack() as stack:
         spools = {chunk: stack.enter_context(open(chunk_files(folder, chunk)["spool"], "rb")) for chunk, _ in plan.inputs}
         samples = (_members(row, spools[chunk]) for (chunk, _), row in zip(plan.picks, plan.rows.to_pylist(), strict=True))
-        return write_shard(folder, plan.name, plan.digest, samples, check_images)
+        return write_shard(folder, plan.name, plan.digest, samples, check_sample)
 
 
 def finished_shard(folder: Path, name: str, plan: str) -> Receipt | None:
@@ -156,11 +157,10 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     return info
 
 
-def check_images(sample: dict[str, Any]) -> None:
-    """Raises ShardMismatch unless the sample is whole by its own list of images."""
-    wanted = {f"{image['role']}.{image['extension']}": image["size"] for image in json.loads(sample["json"])["images"]}
-    if lacking := [name for name, size in wanted.items() if len(sample.get(name, b"")) != size]:
-        raise ShardMismatch(f"{sample['__url__']}: sample {sample['__key__']} lacks {lacking}; build it again.")
+def check_sample(sample: dict[str, Any]) -> None:
+    """Raises ShardMismatch unless a sample, as webdataset reads it, is whole by its own JSON."""
+    images = {name: content for name, content in sample.items() if name != "json" and not name.startswith("__")}
+    check_images(json.loads(sample["json"]), images, f"{sample['__url__']}: sample {sample['__key__']}")
 
 
 def _verify_by_reading(tar: Path, samples: int, check: Callable[[dict[str, Any]], None]) -> None:
@@ -190,18 +190,52 @@ def split_members(content: bytes, name: str) -> dict[str, memoryview]:
     return members
 
 
-def verify_part(folder: Path) -> dict[str, Any]:
+def check_images(facts: dict[str, Any], images: Mapping[str, bytes], where: str) -> None:
+    """Raises ShardMismatch, naming `where`, unless `images` ("tgt.png" -> bytes) are those that the sample's JSON lists, by sha256."""
+    wanted = {f"{image['role']}.{image['extension']}": image["sha256"] for image in facts["images"]}
+    missing = sorted(wanted.keys() - images.keys())
+    spoilt = sorted(name for name in images if name not in wanted or sha256_bytes(images[name]) != wanted[name])
+    if missing or spoilt:
+        raise ShardMismatch(f"{where}: images missing: {missing or 'none'}; not of the sha256 in the sample's JSON: {spoilt or 'none'}")
+
+
+def verify_part(folder: Path, whole: bool = True) -> dict[str, Any]:
     """The manifest of a published part, after checking index, tables and every tar against it.
+
+    Args:
+        whole: fetch the tars of a store and hash them, as those on this machine are; without it, see that they are there with their sizes.
 
     Raises:
         ShardMismatch: naming the file, and the command that rebuilds it.
+        StoreError: the store can't be read.
     """
     if not (folder / "manifest.json").is_file():
         raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro shards@{folder.name}` or `deepgen run`.")
-    manifest = read_json(folder / "manifest.json")
-    for name, expected in [*manifest["files"].items(), *((shard["name"], shard["sha256"]) for shard in manifest["shards"])]:
+    manifest = cast(dict[str, Any], read_json(folder / "manifest.json"))
+    for name, expected in manifest["files"].items():
         check_file(folder / name, expected)
-    return cast(dict[str, Any], manifest)
+    store = shard_store(manifest)
+    if store is not None:
+        check_stored(store, manifest, whole)
+    else:
+        for shard in manifest["shards"]:
+            check_file(folder / shard["name"], shard["sha256"])
+    return manifest
+
+
+def check_stored(store: Store, manifest: dict[str, Any], whole: bool) -> None:
+    """Raises ShardMismatch unless every tar of a part is in its store, of its size and, if `whole`, of its sha256."""
+    rebuild = f"`dvc repro -f shards@{manifest['part']}`"
+    for shard in manifest["shards"]:
+        url, size = store.url(tar_name(shard)), store.size(tar_name(shard))
+        if size != shard["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise ShardMismatch(f"{url}: {found}, the manifest says {shard['bytes']} bytes. Rebuild it with {rebuild}.")
+        if whole and store.sha256(tar_name(shard)) != shard["sha256"]:
+            raise ShardMismatch(
+                f"{url} has not the sha256 {shard['sha256'][:12]}... that its manifest names. Remove it from the store, then "
+                f"rebuild it with {rebuild}."
+            )
 
 
 def check_file(path: Path, sha256: str, stage: str | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from pathlib import Path
+from typing import Any
 
 from data.build import TABLES, Stopped, build_part, plan_chunks
 from data.catalog import load_catalog
@@ -12,19 +14,24 @@ from data.pictures import save_facts, save_samples
 from data.pinning import check_content
 from data.removal import find_removed
 from data.shards import verify_part
+from data.store import upload_tars
 from runtime.exits import Interrupted
 from runtime.files import write_json
 from runtime.progress import Progress
 from runtime.stage import StageRun
+from runtime.store import Store, shard_store
 
 
 def run_shards(run: StageRun) -> None:
     """Build `outputs/shards/<part>/`; chunks and shards finished by an interrupted build are kept.
 
+    With `data.store` the tars are brought there first, and what is published is the manifest that names them, index and tables.
+
     Raises:
         ParamsError: a part differs from the catalogue's entry that it names, or the catalogue refuses that entry.
         FileNotFoundError: what the part reads is not there; for a data set, with the command that fetches it.
         OtherContent: it holds other bytes than were pinned or published.
+        StoreError: `data.store` can't be opened or written.
         Interrupted: asked to stop; the same command goes on.
     """
     name = run.stage.key or ""
@@ -32,7 +39,7 @@ def run_shards(run: StageRun) -> None:
     catalog = load_catalog()
     check_parts(data, catalog)
     if data.store is not None:
-        raise FileNotFoundError(f"data.store: {data.store!r}, but publishing shards to a store is not built yet; set it to null.")
+        Store(data.store).check_writable()
     data = located(name, run.params, catalog, run.root)
     check_content(name, data.parts[name], run.root)
     folder = run.folder / "shards"
@@ -46,7 +53,12 @@ def run_shards(run: StageRun) -> None:
     out = run.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    for file in ["manifest.json", *TABLES, *(shard["name"] for shard in manifest["shards"])]:
+    if data.store is not None:
+        manifest |= {"store": data.store}  # no part of the dataset id: the same data may lie anywhere
+        _upload(run, folder, manifest)
+        write_json(out / "manifest.json", manifest)
+    tars = [] if data.store is not None else ["manifest.json", *(shard["name"] for shard in manifest["shards"])]
+    for file in [*TABLES, *tars]:
         os.link(folder / file, out / file)
     run.publish(out)
     shutil.rmtree(folder)
@@ -63,8 +75,22 @@ def run_shards(run: StageRun) -> None:
     run.report(shown | manifest["counts"] | {"reasons": reasons}, pictures)
 
 
+def _upload(run: StageRun, folder: Path, manifest: dict[str, Any]) -> None:
+    """Bring the tars into the store; those that an interrupted upload brought are left as they are."""
+    store = shard_store(manifest)
+    assert store is not None, "upload is for manifests that name a store"
+    tars = len(manifest["shards"])
+    with Progress(tars, "tar", f"upload {manifest['part']}", run.folder / "progress.jsonl") as progress:
+        for _ in upload_tars(folder, manifest, store):
+            progress.update(1)
+            if run.stop and progress.done < tars:
+                raise Interrupted(f"stopped with {progress.done} of {tars} tars in {store.folder}; the same command goes on from there")
+
+
 def run_mixture(run: StageRun) -> None:
     """Write `outputs/mixture/<stage>.json`, after checking every part it reads, and that no evaluation sample is among them.
+
+    Tars in a store are not fetched for it: they must be there with their sizes, and the loader checks each image that it reads.
 
     Raises:
         ParamsError: a part differs from the catalogue's entry that it names, or the catalogue refuses that entry.
@@ -77,7 +103,7 @@ def run_mixture(run: StageRun) -> None:
     config = run.params.mixture[stage]  # type: ignore[index]
     for name, weight in config.parts.items():
         if weight > 0 and (shards / name).is_dir():
-            verify_part(shards / name)
+            verify_part(shards / name, whole=False)
     removed = find_removed(stage, config, run.params.data, shards, run.root)
     mixture = resolve_mixture(stage, config, shards, {name: sorted(rows) for name, rows in removed.items()})
     write_json(run.folder / "mixture.json", mixture)
