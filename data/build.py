@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from data.rows import PREPARED, SET_ASIDE, WRITTEN, read_table, refused_row, wri
 from data.selection import find_duplicates
 from data.shards import FORMAT, Receipt, build_shard, index_of, plan_shards, save_index
 from data.sources import open_source
-from runtime.exits import exit_with_parent
+from runtime.exits import INTERRUPTED, exit_with_parent
 from runtime.files import sha256_file, sha256_json, write_json
 
 Work = TypeVar("Work")
@@ -156,6 +157,9 @@ def _pool(workers: int) -> "ProcessPoolExecutor | _Inline":
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
+    builder = multiprocessing.parent_process()
+    if builder is None or os.getppid() != builder.pid:  # it was killed while this process started: nobody would ever send work, or an end
+        os._exit(INTERRUPTED)
 
 
 class _Inline:

@@ -1,5 +1,6 @@
 """Writing so that a file or folder is whole or absent, whatever kills the writer, and reading by hash."""
 
+import glob
 import hashlib
 import json
 import os
@@ -69,11 +70,16 @@ def publish_folder(temporary: Path, final: Path) -> None:
     os.rename(temporary, final)
     fsync_folder(final.parent)
     shutil.rmtree(retired, ignore_errors=True)
+    _remove_stale(list(final.parent.glob(f".{glob.escape(final.name)}.*.old")))  # of one who was killed just here
 
 
 def sweep_stale(folder: Path) -> None:
     """Remove what a killed writer left under `folder`: names `.*.PID.tmp` and `.*.PID.old` whose process is gone."""
-    for leftover in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+    _remove_stale([*folder.rglob(".*.tmp"), *folder.rglob(".*.old")])
+
+
+def _remove_stale(leftovers: list[Path]) -> None:
+    for leftover in leftovers:
         pid = leftover.name.rsplit(".", 2)[-2]
         if not pid.isdigit() or Path(f"/proc/{pid}").exists():
             continue

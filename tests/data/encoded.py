@@ -17,6 +17,12 @@ SMOOTH = np.stack(np.meshgrid(np.arange(64) * 4, np.arange(64) * 4), axis=-1).as
 SMOOTH = np.concatenate([SMOOTH, 255 - SMOOTH[:, :, :1]], axis=-1)  # red grows to the right, green downwards
 
 
+def texture(seed: int, width: int = 96, height: int = 96) -> np.ndarray:
+    """A smooth picture of its own: no two are near duplicates."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def encode(pixels: np.ndarray | Image.Image, format: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels

@@ -71,6 +71,12 @@ def test_every_epoch_of_every_part_and_size_holds_each_row_once():
         assert len(rows) < 5 or len({tuple(epoch) for epoch in epochs}) > 1, "every epoch in one order"
 
 
+def test_another_seed_is_another_order_of_the_same_rows():
+    orders = [[stream_of(("own", 1.0, {"64x64": 31}, []), seed=seed).batch(n, 31)[1] for n in range(2)] for seed in (7, 7, 8)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(epoch) == [("own", row) for row in range(31)] for order in orders for epoch in order)
+
+
 def test_every_prefix_of_a_task_holds_the_weights_and_the_sizes():
     """Shares are weights between parts and samples between the sizes of a part; no prefix strays by more than a batch a level."""
     stream, parts, shapes = stream_of(*PARTS), Counter(), Counter()

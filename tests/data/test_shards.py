@@ -16,6 +16,7 @@ from data.config import DataConfig, ImageRules, PartConfig
 from data.loader import read_part
 from data.shards import ShardMismatch, verify_part
 from data.sources import read_record
+from runtime.files import sweep_stale
 
 EDITS = PartConfig(source="drawn", task="image_edit", split="train", samples=13, seed=4, licence="CC0-1.0")
 
@@ -136,33 +137,47 @@ def test_a_tar_that_is_short_or_missing_is_refused_before_anything_is_read(edits
         next(read_part(edits))
 
 
+@pytest.fixture(scope="module")
+def long_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    build_part("edits", settings(EDITS.model_copy(update={"samples": 300}), 20), folder, folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_a_builder_killed_outright_leaves_no_worker_and_no_trace_in_the_bytes(tmp_path):
-    data = settings(EDITS.model_copy(update={"samples": 2000}), 50)
+@pytest.mark.parametrize("victim, sign", [("builder", None), ("builder", "shard-*.json"), ("worker", "chunk-*.json")])
+def test_a_pool_killed_in_part_leaves_no_process_and_no_trace_in_the_bytes(long_build, tmp_path, victim, sign):
+    """Killed with SIGKILL once `sign` is there, or as soon as the workers are, which then have yet to start: the rest ends by itself."""
+    data = settings(EDITS.model_copy(update={"samples": 300}), 20)
     script = (
         "import sys; from pathlib import Path; from data.config import DataConfig; from data.build import build_part\n"
         "if __name__ == '__main__':\n"
         "    build_part('edits', DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[2]), workers=2)\n"
     )
     (tmp_path / "build.py").write_text(script)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(tmp_path / "build.py"), data.model_dump_json(), str(tmp_path / "killed")]
-    builder = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)})
+    build = tmp_path / "build"
+    command = [sys.executable, str(tmp_path / "build.py"), data.model_dump_json(), str(build)]
+    with (tmp_path / "stderr").open("w") as stderr:  # no pipe: who outlives the builder would hold it open
+        builder = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, stderr=stderr)
+    children: list[str] = []
     try:
         deadline = time.monotonic() + 60
-        while not list((tmp_path / "killed").glob("shard-*.json")):
-            assert time.monotonic() < deadline and builder.poll() is None, "no shard came"
+        while len(children) < 3 or not (sign is None or list(build.glob(sign))):  # two workers, and what keeps their semaphores
+            assert time.monotonic() < deadline and builder.poll() is None, f"{sign} did not come"
             time.sleep(0.01)
-        workers = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+            children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+        worker = next(pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(int(worker) if victim == "worker" else builder.pid, signal.SIGKILL)
+        assert builder.wait(timeout=60) != 0
     finally:
-        builder.send_signal(signal.SIGKILL)
+        builder.kill()
         builder.wait()
-    assert len(list((tmp_path / "killed").glob("shard-*.json"))) < 40, "it was done before it was killed"
-    deadline = time.monotonic() + 15
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, f"workers {workers} outlive their builder"
+    assert victim == "builder" or "BrokenProcessPool" in (tmp_path / "stderr").read_text()
+    assert not (build / "manifest.json").exists(), "it was done before it was killed"
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"{alive} outlive their builder"
         time.sleep(0.1)
-    for folder in ("killed", "whole"):
-        build_part("edits", data, tmp_path / folder, tmp_path)
-    killed = {name: content for name, content in contents(tmp_path / "killed").items() if not name.startswith(".")}
-    assert killed == contents(tmp_path / "whole")
+    build_part("edits", data, build, build)
+    sweep_stale(build)
+    assert contents(build) == contents(long_build)

@@ -56,6 +56,15 @@ def test_a_published_folder_replaces_the_old_one_whole(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
+def test_the_old_folder_of_a_publisher_killed_in_the_swap_goes_with_the_next(tmp_path: Path):
+    """It lies beside the output, where no run folder's sweep comes, and would count as an input of what reads the folder around it."""
+    for name in (".final.999999999.old", f".final.{os.getppid()}.old", ".finals.999999999.old", "temporary"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    publish_folder(tmp_path / "temporary", tmp_path / "final")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".final.{os.getppid()}.old", ".finals.999999999.old", "final"]
+
+
 def test_what_a_living_process_writes_is_not_swept(tmp_path: Path):
     mine, gone = tmp_path / f".x.{os.getpid()}.tmp", tmp_path / ".x.999999999.tmp"
     mine.write_text("")
