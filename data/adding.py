@@ -12,12 +12,13 @@ from data.config import DataConfig, PartConfig, SourceKind, Task
 from data.loader import read_part
 from data.pictures import save_facts, save_samples
 from data.pinning import content_digest
+from runtime.exits import Plain
 from runtime.files import write_atomic
 
 TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 
-class CannotAdd(Exception):
+class CannotAdd(Plain):
     """The part can't be added as asked; params.yaml is as it was."""
 
 

@@ -16,13 +16,14 @@ from data.latents import Latents, parse_latents, stack_latents
 from data.mixture import TaskStream, cycle
 from data.shards import ShardMismatch, check_file, split_members
 from data.store import open_tars
+from runtime.exits import Plain
 from runtime.files import read_json
 
 Bytes = bytes | memoryview
 AHEAD = 2  # batches a worker makes ahead
 
 
-class OtherData(Exception):
+class OtherData(Plain):
     """A saved position belongs to another mixture or dataset."""
 
 

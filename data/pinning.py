@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from data.config import PartConfig
+from runtime.exits import Plain
 from runtime.fetched import published_at
 from runtime.files import sha256_json, sha256_path
 
 
-class OtherContent(Exception):
+class OtherContent(Plain):
     """A source holds other bytes than the recipe was written for."""
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, field_validator, model_validator
 
+from runtime.exits import Plain
 from runtime.params import parse_params
 from runtime.settings import Settings
 
@@ -48,7 +49,7 @@ LAYOUTS = (
 )
 
 
-class UnknownLayout(ValueError):
+class UnknownLayout(Plain, ValueError):
     """A prompt file that is none of the layouts we read, or is broken."""
 
 

@@ -8,13 +8,14 @@ from data.decontamination import EvaluationIndex, ImageHashes
 from data.prompts import read_prompts
 from data.records import Reason, Refused
 from data.rows import read_table
+from runtime.exits import Plain
 
 TAKEDOWN = "takedown.txt"
 COLUMNS = ["key", "source_id", "prompt", "images"]
 EXAMPLES = 5
 
 
-class EvaluationLeak(Exception):
+class EvaluationLeak(Plain):
     """Training samples are in an evaluation set, and the part does not say that they may be."""
 
 

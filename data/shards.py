@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.preparation import chunk_files
+from runtime.exits import Plain
 from runtime.files import fsync_folder, read_json, sha256_bytes, sha256_file, sha256_json, write_atomic, write_json
 from runtime.store import Store, shard_store, tar_name
 
@@ -26,7 +27,7 @@ FORMAT = 2
 BLOCK = 512  # bytes of a tar header, and what members are padded to
 
 
-class ShardMismatch(Exception):
+class ShardMismatch(Plain):
     """A tar is missing, or not the one that its manifest names."""
 
 

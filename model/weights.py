@@ -18,6 +18,7 @@ from model.connector import StackedChannelBridging
 from model.deepgen import DeepGen, build_connector
 from model.dit import DeepGenTransformer
 from model.vae import AnyAutoencoder, LinearAutoencoder
+from runtime.exits import Plain
 from runtime.files import write_json
 
 disable_progress_bar()  # a bar a part says nothing to anyone, and floods logs
@@ -33,7 +34,7 @@ CLASSES: dict[str, tuple[str, str]] = {
 }
 
 
-class WeightsMismatch(ValueError):
+class WeightsMismatch(Plain, ValueError):
     """Stored tensors do not fit the model: which are missing, surplus or of another shape."""
 
 

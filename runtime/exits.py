@@ -21,6 +21,10 @@ INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command to go on
 PR_SET_PDEATHSIG = 1
 
 
+class Plain(Exception):
+    """An error that a user can mend and whose message says how: stage commands show it without its trace."""
+
+
 class Interrupted(Exception):
     """The stage was asked to stop and has saved its state; the same command continues it."""
 

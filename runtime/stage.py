@@ -17,7 +17,6 @@ from runtime import exits
 from runtime.files import publish_folder, sha256_file, sha256_json, sha256_path, sweep_stale, write_json
 from runtime.params import Params, ParamsError, check_params, parse_params
 from runtime.recipe import Stage, load_stages, look_up
-from runtime.store import StoreError
 
 CHAMPION = "outputs/champion"  # a copy of registered weights that SFT may start from; no stage makes it
 
@@ -168,7 +167,7 @@ def guard(name: str) -> Iterator[None]:
         InputsChanged: exits.INPUTS_CHANGED,
         Locked: exits.LOCKED,
         exits.Interrupted: exits.INTERRUPTED,
-        StoreError: exits.FAILED,
+        exits.Plain: exits.FAILED,
         FileNotFoundError: exits.FAILED,
     }
     try:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from runtime.exits import Plain
+
 BLOCK = 1 << 22  # bytes a read
 
 
-class StoreError(Exception):
+class StoreError(Plain):
     """A store can't be opened, written or read; the message names the URL and what to install or set."""
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from runtime.exits import Plain
 from runtime.files import fsync_tree, read_json, sha256_file, write_json
 from training.optim import EMA
 
@@ -21,7 +22,7 @@ FORMAT = 1
 logger = logging.getLogger(__name__)
 
 
-class CheckpointCorrupt(Exception):
+class CheckpointCorrupt(Plain):
     """A file of a checkpoint is missing or not the one that was written."""
 
 

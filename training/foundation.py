@@ -8,6 +8,7 @@ import torch
 from model.config import FoundationConfig, ModelConfig
 from model.deepgen import build_deepgen
 from model.weights import load_foundation, save_model
+from runtime.exits import Plain
 from runtime.fetched import fetched_files, foundation_wants
 from runtime.files import read_json, sha256_file
 from runtime.stage import StageRun
@@ -26,7 +27,7 @@ TOKENIZER_FILES = {
 }
 
 
-class FoundationMismatch(Exception):
+class FoundationMismatch(Plain):
     """Files of the foundation are not those that its provenance names, or do not fit `model:` in params.yaml."""
 
 

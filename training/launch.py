@@ -6,10 +6,11 @@ import sys
 import torch
 from accelerate import Accelerator
 
+from runtime.exits import Plain
 from training.config import LaunchConfig
 
 
-class WorldSizeMismatch(Exception):
+class WorldSizeMismatch(Plain):
     """The launcher started another number of ranks than params.yaml asks for."""
 
 

@@ -16,7 +16,7 @@ from model.deepgen import Condition, DeepGen
 from model.flow import interpolate, sampling_sigmas, sigmas_at, velocity_target
 from model.generate import latent_shape
 from model.vae import decode_latents, encode_images, to_pixels, to_uint8
-from runtime.exits import Interrupted
+from runtime.exits import Interrupted, Plain
 from runtime.files import read_json
 from runtime.keys import seed_from
 from runtime.progress import Progress
@@ -37,7 +37,7 @@ from training.tracking import Tracker, track
 STAGE = "mr_grpo"
 
 
-class RewardsMissing(Exception):
+class RewardsMissing(Plain):
     """Too few of the reward values are valid to learn from."""
 
 

@@ -19,7 +19,7 @@ from model.lora import merge_lora
 from model.parts import parameter_report
 from model.vae import posterior_of, scale_latents, to_pixels
 from model.weights import WeightsMismatch, load_foundation, load_model
-from runtime.exits import Interrupted
+from runtime.exits import Interrupted, Plain
 from runtime.files import read_json
 from runtime.progress import Progress
 from runtime.stage import StageRun, rank
@@ -34,7 +34,7 @@ from training.stages import PARENT, freeze_for
 from training.tracking import Tracker, track
 
 
-class NonFiniteLoss(Exception):
+class NonFiniteLoss(Plain):
     """A loss or gradient was NaN or infinite. No weight was changed by that step."""
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from data.shards import ShardMismatch
 from data.stages import run_mixture, run_shards
-from runtime.stage import InputsChanged, Locked, begin_stage
+from runtime.stage import InputsChanged, Locked, begin_stage, guard
 from training.foundation import run_foundation
 from training.supervised import run_supervised
 
@@ -94,3 +94,12 @@ def test_an_unknown_stage_is_refused_naming_those_there_are(project: Path):
     with pytest.raises(ParamsError, match=r"pretrain: no such stage in dvc\.yaml; allowed: shards@"):
         with begin_stage(project, "pretrain", StopRequest()):
             pass
+
+
+def test_what_a_user_can_mend_is_told_without_a_trace(project: Path, capsys: pytest.CaptureFixture[str]):
+    tar = next((project / "outputs" / "shards" / "drawn_image_edit").glob("*.tar"))
+    tar.unlink()
+    with pytest.raises(SystemExit) as ended, guard("mixture@sft"), begin(project, "mixture@sft") as run:
+        run_mixture(run)
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "mixture@sft: ShardMismatch" in told and "Traceback" not in told
