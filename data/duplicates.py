@@ -6,6 +6,8 @@ import numpy as np
 
 SIDE, LOW = 32, 8  # pixels a side looked at; lowest frequencies kept
 COSINES = np.cos(np.pi * np.outer(np.arange(LOW), np.arange(SIDE) + 0.5) / SIDE)  # rows: the first DCT-II frequencies, not normalised
+GRAY_LEVEL = (SIDE / 2) ** 2  # what a cosine of one gray level makes of a frequency
+DETAIL = 8  # frequencies that must stand out, the mean among them; photographs have 14 and more
 BANDS = 4
 BAND_BITS = np.uint64(16)
 HALF = np.uint64(1 << 32)
@@ -21,14 +23,17 @@ class NearPairs(NamedTuple):
     skipped: int
 
 
-def perceptual_hash(gray: np.ndarray) -> int:
+def perceptual_hash(gray: np.ndarray) -> int | None:
     """Gray (32, 32), 0..255 -> 64 bits: which of the lowest 8 x 8 DCT frequencies lie above their median, the lowest frequency first.
 
-    Rounded before they are compared, so that a flat image has one hash on every machine.
+    None where hardly any of them stands out by a gray level: flat images, ramps and stripes would all be near each other. Rounded before
+    they are compared, so that a hash is the same on every machine.
     """
     if gray.shape != (SIDE, SIDE):
         raise ValueError(f"gray: {gray.shape} given; expected ({SIDE}, {SIDE})")
     low = np.round(COSINES @ gray.astype(np.float64) @ COSINES.T, 3)
+    if np.count_nonzero(np.abs(low) > GRAY_LEVEL) < DETAIL:
+        return None
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 

@@ -65,7 +65,8 @@ class PreparedImage:
 
     found_width, found_height: pixels once upright, before scaling; sha256 of `content`, found_sha256 of the bytes as found; pixel_hash:
     XXH3-128 of the upright RGB pixels before scaling and their size, which tells equal pictures and guards against nobody;
-    perceptual_hash: 64 bits of the pixels as stored; changes: what was done, in order; empty where the bytes are those found.
+    perceptual_hash: 64 bits of how the pixels as stored look, or of pixel_hash where they show next to nothing; changes: what was done, in
+    order; empty where the bytes are those found.
     """
 
     content: bytes
@@ -133,6 +134,8 @@ def prepare_image(content: bytes, name: str, rules: ImageRules, buckets: Sequenc
         changes += ["gray_to_rgb"] if gray else []
         extension = "jpg" if format == "JPEG" and not lossless else "png"
         stored = _encode_jpeg(fitted, rules.jpeg_quality) if extension == "jpg" else encode_png(fitted)
+    pixel_hash = _pixel_hash(upright)
+    looks = perceptual_hash(_small_gray(fitted))
     return PreparedImage(
         content=stored,
         extension=extension,
@@ -142,8 +145,8 @@ def prepare_image(content: bytes, name: str, rules: ImageRules, buckets: Sequenc
         found_height=found_height,
         sha256=sha256_bytes(stored) if changes else found_sha256,
         found_sha256=found_sha256,
-        pixel_hash=_pixel_hash(upright),
-        perceptual_hash=perceptual_hash(_small_gray(fitted)),
+        pixel_hash=pixel_hash,
+        perceptual_hash=int(pixel_hash[:16], 16) if looks is None else looks,
         changes=tuple(changes),
     )
 
