@@ -15,6 +15,7 @@ FAILED = 1
 BAD_PARAMS = 2
 INPUTS_CHANGED = 3
 LOCKED = 4
+HUNG = 5  # a rank took no step for launch.hang_seconds: its stacks are in the run folder, the same command goes on
 NO_READER = 141  # as a shell reports SIGPIPE: what this printed was not read to its end
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command to go on
 

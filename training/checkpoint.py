@@ -2,23 +2,35 @@
 
 import json
 import logging
+import math
 import os
-import random
+import re
 import shutil
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from runtime.exits import Plain
-from runtime.files import fsync_tree, read_json, sha256_file, write_json
+from runtime.files import fsync_folder, fsync_tree, read_json, sha256_file, write_atomic, write_json
+from runtime.stage import rank
 from training.optim import EMA
+from training.randomness import global_generators, restore_global_generators, seed_global_generators
+from training.ranks import from_every_rank, from_first_rank
 
-FORMAT = 1
+FORMAT = 2
+MARGIN = 1.1  # free space asked for, over the bytes of a checkpoint
+ALWAYS = {"weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"}
+Files = dict[str, dict[str, Tensor]]
+Facts = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
@@ -26,12 +38,20 @@ class CheckpointCorrupt(Plain):
     """A file of a checkpoint is missing or not the one that was written."""
 
 
+class NewerFormat(Plain):
+    """A checkpoint was written by later code than this. It is not damaged, and left where it is."""
+
+
+class CannotSave(Plain):
+    """A checkpoint could not be written, most often for want of disk space. Those before it are whole."""
+
+
 @dataclass
 class TrainState:
     """All that must survive an interruption.
 
     step counts optimizer steps; data is the loader's own state (dataset ids, mixture hash, seed, position); history holds the logged
-    series, so that a resumed curve is whole.
+    series, so that a resumed curve is whole; guard holds the counts of `training.guards`.
     """
 
     trained: dict[str, nn.Parameter]
@@ -40,30 +60,36 @@ class TrainState:
     step: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    guard: dict[str, int] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By file: weights, optimizer moments, the average, and the global generators (dropout draws from torch's)."""
+    def tensors(self) -> Files:
+        """By file: weights, optimizer moments, the average. Not copied."""
         moments: dict[str, Tensor] = {}
         for index, slots in self.optimizer.state_dict()["state"].items():
             moments |= {f"{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        files = {
-            "weights": {name: p.detach() for name, p in self.trained.items()},
-            "optimizer": moments,
-            "random": {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_state()[1].astype(np.int64))},
-        }
-        if torch.cuda.is_available():
-            files["random"]["cuda"] = torch.cuda.get_rng_state()
+        files = {"weights": {name: p.detach() for name, p in self.trained.items()}, "optimizer": moments}
         if self.ema is not None:
             files["ema"] = self.ema.average
         return files
 
-    def load(self, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
-        stored, wanted = set(tensors["weights"]), set(self.trained)
+    def load(self, tensors: Files, facts: Facts) -> None:
+        """Take over what a checkpoint holds, and this rank's generators.
+
+        A rank that the run had not when it was saved seeds them by its name and the step: no two runs of it differ, and no two ranks agree.
+
+        Raises:
+            CheckpointCorrupt: naming weights that are missing, surplus or of another shape.
+        """
+        weights = tensors["weights"]
+        stored, wanted = set(weights), set(self.trained)
         if stored != wanted:
             raise CheckpointCorrupt(f"weights: missing {sorted(wanted - stored)[:5]}, surplus {sorted(stored - wanted)[:5]}")
+        odd = [name for name, parameter in self.trained.items() if parameter.shape != weights[name].shape]
+        if odd:
+            raise CheckpointCorrupt(f"weights: {odd[:5]} have another shape than the model's")
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(tensors["weights"][name])
+                parameter.copy_(weights[name])
         current = self.optimizer.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors["optimizer"].items():
@@ -71,96 +97,253 @@ class TrainState:
             state.setdefault(int(index), {})[slot] = value
         current["state"] = state
         self.optimizer.load_state_dict(current)
-        torch.set_rng_state(tensors["random"]["torch"])
-        np.random.set_state(("MT19937", tensors["random"]["numpy"].numpy().astype(np.uint32), *facts["random"]["numpy"]))
-        version, words, gauss = facts["random"]["python"]
-        random.setstate((version, tuple(words), gauss))
-        if torch.cuda.is_available() and "cuda" in tensors["random"]:
-            torch.cuda.set_rng_state(tensors["random"]["cuda"])
         if self.ema is not None:
             for name, value in tensors["ema"].items():
                 self.ema.average[name].copy_(value)
             self.ema.updates = facts["ema_updates"]
-        self.step, self.data, self.history = facts["step"], facts["data"], facts["history"]
+        self.step, self.data, self.history, self.guard = facts["step"], facts["data"], facts["history"], facts["guard"]
+        mine = {key.partition(".")[2]: value for key, value in tensors["random"].items() if key.partition(".")[0] == str(rank())}
+        if mine:
+            restore_global_generators(mine)
+        else:
+            seed_global_generators("rank", rank(), "from step", self.step)
 
-    def facts(self) -> dict[str, Any]:
-        updates = self.ema.updates if self.ema is not None else 0
+    def facts(self) -> Facts:
         return {
             "format": FORMAT,
             "step": self.step,
             "data": self.data,
             "history": self.history,
-            "ema_updates": updates,
-            "random": {"python": random.getstate(), "numpy": list(numpy_state()[2:])},
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
+            "guard": self.guard,
         }
 
 
-def numpy_state() -> tuple[Any, ...]:
-    """numpy's global generator: name, 624 words, position, whether a normal deviate waits, and that deviate."""
-    return tuple(np.random.get_state(legacy=True))
+def fault(point: str, step: int) -> None:
+    """For kill tests: die here where DEEPGEN_FAULT says so, as `save:before_rename`, or `save:before_rename:200` for that step alone."""
+    if os.environ.get("DEEPGEN_FAULT") in (f"save:{point}", f"save:{point}:{step}"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Checkpoints:
-    """`step-000200/` folders in a run folder; the newest whole one is resumed from."""
+    """`step-000200/` folders in a run folder; the newest whole one is resumed from.
 
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
-        self.folder, self.every, self.keep = folder, every, keep
+    Kept are the latest `keep`, the best by the scores that were told, and those that a file `registered` names, one a line. Every rank
+    calls `save` and `restore`, which exchange the generators' states and the choice; rank 0 alone writes.
+
+    Args:
+        every: steps between two.
+        background: `save` copies the tensors and returns; one thread writes. The next save, and leaving the context, wait for it and
+            raise what it raised.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, background: bool = False) -> None:
+        self.folder, self.every, self.keep, self.background = folder, every, keep, background
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
 
     def due(self, step: int) -> bool:
         return step % self.every == 0
 
     def steps(self) -> list[Path]:
         """Oldest first."""
-        return sorted(self.folder.glob("step-??????"))
+        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+        return sorted(found, key=_step_of)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Write `state`, unless its step has been saved.
+
+        Args:
+            score: its loss on held-out samples, lower is better; None where it is not known.
+
+        Raises:
+            CannotSave: too little free disk, or the write failed; also for an earlier write in the background.
+        """
+        random = from_every_rank(global_generators())
+        if rank() != 0:
+            return
+        self.wait()
+        if score is not None:
+            self.tell_score(state.step, score)
         final = self.folder / f"step-{state.step:06d}"
         if final.exists():
             return
+        files = state.tensors()
+        files["random"] = {f"{number}.{name}": value for number, states in enumerate(random) for name, value in states.items()}
+        files = {
+            file: {name: tensor.to("cpu", copy=self.background).contiguous() for name, tensor in tensors.items()}
+            for file, tensors in files.items()
+        }
+        content = json.dumps(state.facts(), indent=1, sort_keys=True, allow_nan=False)
+        needed = int(MARGIN * (sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values()) + len(content)))
+        if shutil.disk_usage(self.folder).free < needed:
+            raise self._cannot_save(final, needed, "too little free disk")
+        if self.background:
+            self.writing = self.writer.submit(self._write, final, files, content, needed)
+        else:
+            self._write(final, files, content, needed)
+
+    def wait(self) -> None:
+        """Until what is being written in the background is whole. Raises what its thread raised."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def tell_score(self, step: int, score: float) -> None:
+        """The held-out loss of `step`, lower is better: the best stays. One that is no number counts as unknown."""
+        if math.isfinite(score):
+            write_json(self.folder / "scores.json", self._scores() | {f"step-{step:06d}": score})
+
+    def best(self) -> Path | None:
+        """Of those that are there, the one with the lowest score, the earlier of two; None where no score was told."""
+        scores = self._scores()
+        return min((path for path in self.steps() if path.name in scores), key=lambda path: scores[path.name], default=None)
+
+    def register(self, step: int) -> None:
+        """Never delete this one."""
+        write_atomic(self.folder / "registered", "\n".join(sorted({*self._registered(), f"step-{step:06d}"})) + "\n")
+
+    def _scores(self) -> dict[str, float]:
+        path = self.folder / "scores.json"
+        return read_json(path) if path.exists() else {}
+
+    def _registered(self) -> list[str]:
+        path = self.folder / "registered"
+        return path.read_text().split() if path.exists() else []
+
+    def _write(self, final: Path, files: Files, facts: str, needed: int) -> None:
+        step = _step_of(final)
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        temporary.mkdir()
-        for name, tensors in state.tensors().items():
-            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
-        write_json(temporary / "state.json", state.facts())
-        hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / "complete.json", hashes)
-        fsync_tree(temporary)
-        os.rename(temporary, final)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(old)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
+        fault("before_write", step)
+        try:
+            temporary.mkdir()
+            for name, tensors in files.items():
+                save_file(tensors, temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(facts + "\n")
+            fault("after_files", step)
+            write_json(temporary / "complete.json", {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
+            fsync_tree(temporary)
+            fault("before_rename", step)
+            os.rename(temporary, final)
+            fsync_folder(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise self._cannot_save(final, needed, str(error)) from error
+        fault("after_rename", step)
+        self._prune()
+
+    def _cannot_save(self, final: Path, needed: int, why: str) -> CannotSave:
+        before = self.steps()
+        goes_on = f"goes on from {before[-1].name}" if before else "begins again, as there is none before it"
+        free = shutil.disk_usage(self.folder).free
+        return CannotSave(
+            f"checkpoint {final.name} can't be written to {self.folder}: {why}. {free / 1e6:,.1f} MB are free, it needs "
+            f"{needed / 1e6:,.1f} MB. Make room, or lower keep_checkpoints; the same command then {goes_on}."
+        )
+
+    def _prune(self) -> None:
+        best = self.best()
+        kept = {path.name for path in self.steps()[-self.keep :]} | {*self._registered()} | ({best.name} if best else set())
+        for old in self.steps():
+            if old.name in kept:
+                continue
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # tried again after the next save
+                logger.warning("old checkpoint %s can't be deleted: %s", old.name, error)
 
     def restore(self, state: TrainState) -> bool:
-        """Load the newest whole checkpoint into `state`; a damaged one is set aside by name and the one before is used."""
+        """Load the newest whole checkpoint into `state`; a damaged one is set aside by name and the one before is used.
+
+        Rank 0 looks and sets aside; the others load what it chose.
+
+        Raises:
+            NewerFormat: the newest is of a later format.
+        """
+        self.wait()
+        chosen = from_first_rank(self._restore_newest(state) if rank() == 0 else None)
+        if chosen is None:
+            return False
+        if rank() != 0:
+            state.load(*read_checkpoint(self.folder / chosen))
+        return True
+
+    def _restore_newest(self, state: TrainState) -> str | None:
         for folder in reversed(self.steps()):
             try:
-                tensors, facts = read_checkpoint(folder)
-                state.load(tensors, facts)
+                state.load(*read_checkpoint(folder))
             except CheckpointCorrupt as error:
                 aside = folder.with_name(folder.name + ".bad")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(folder, aside)
                 logger.warning("checkpoint %s is damaged (%s): set aside as %s, using the one before", folder.name, error, aside.name)
                 continue
-            return True
-        return False
+            return folder.name
+        return None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except CannotSave as error:
+            if value is None:
+                raise
+            logger.warning("%s", error)  # what ended the body is the first thing to know
+        finally:
+            self.writer.shutdown()
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file and the facts of a checkpoint, every byte checked.
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def read_checkpoint(folder: Path) -> tuple[Files, Facts]:
+    """Tensors by file and the facts of a checkpoint, every byte checked, brought up to this code's format.
 
     Raises:
         CheckpointCorrupt: naming the file.
+        NewerFormat: it was written by later code.
     """
     try:
         hashes: dict[str, str] = read_json(folder / "complete.json")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointCorrupt(f"complete.json: {error}") from error
+    if missing := sorted(ALWAYS - set(hashes)):
+        raise CheckpointCorrupt(f"complete.json: does not name {missing}")
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise CheckpointCorrupt(f"{name} is missing")
         if sha256_file(folder / name) != expected:
             raise CheckpointCorrupt(f"{name} has not the sha256 it was written with")
     facts = read_json(folder / "state.json")
-    if facts["format"] != FORMAT:
-        raise CheckpointCorrupt(f"state.json has format {facts['format']}, this code reads {FORMAT}")
-    return {Path(name).stem: load_file(folder / name) for name in hashes if name.endswith(".safetensors")}, facts
+    if facts["step"] != _step_of(folder):
+        raise CheckpointCorrupt(f"state.json is of step {facts['step']}")
+    if facts["format"] > FORMAT:
+        raise NewerFormat(
+            f"{folder}: has format {facts['format']}, this code reads up to {FORMAT}. Go on with the code that wrote it, or move it away "
+            "to go on from the one before."
+        )
+    tensors = {Path(name).stem: load_file(folder / name) for name in hashes if name.endswith(".safetensors")}
+    while facts["format"] < FORMAT:
+        tensors, facts = UPGRADES[facts["format"]](tensors, facts)
+    return tensors, facts
+
+
+def from_format_1(tensors: Files, facts: Facts) -> tuple[Files, Facts]:
+    """The generators of rank 0 alone, in part in state.json; no guard."""
+    position, waits, deviate = facts["random"]["numpy"]
+    version, words, waiting = facts["random"]["python"]
+    rest = {
+        "numpy_rest": torch.tensor([position, waits, deviate], dtype=torch.float64),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_deviate": torch.tensor([] if waiting is None else [waiting], dtype=torch.float64),
+    }
+    random = {f"0.{name}": value for name, value in (tensors["random"] | rest).items()}
+    facts = {name: value for name, value in facts.items() if name != "random"}
+    return tensors | {"random": random}, facts | {"format": 2, "guard": {}}
+
+
+UPGRADES: dict[int, Callable[[Files, Facts], tuple[Files, Facts]]] = {1: from_format_1}

@@ -34,6 +34,22 @@ class LoRAConfig(Settings):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
 
 
+class GuardConfig(Settings):
+    """What is done about steps whose loss, gradient or input is no finite number, and about losses that leap."""
+
+    rollback_after: PositiveInt = Field(
+        3, description="bad steps in a row before the last checkpoint is taken up again, past their batches"
+    )
+    stop_after: PositiveInt = Field(
+        default=20, description="bad steps in all before the stage stops and leaves evidence; 1 stops at the first"
+    )
+    spike: PositiveFloat = Field(default=10.0, description="deviations (1.4826 MAD) above the median from which a loss counts as a spike")
+    spike_window: int = Field(default=50, ge=4, description="steps behind that median and deviation; before as many, nothing is a spike")
+    skip_spikes: bool = Field(
+        default=False, description="treat a spike as a bad step; else it is counted and logged, and trains as any other"
+    )
+
+
 class SupervisedConfig(Settings):
     """A flow-matching stage: alignment or sft (paper sections 3.1, 3.2)."""
 
@@ -50,6 +66,8 @@ class SupervisedConfig(Settings):
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
     seed: int = 0
+    async_checkpoints: bool = Field(False, description="write checkpoints behind the training, from copies in main memory")
+    guard: GuardConfig = GuardConfig()
 
 
 class SFTConfig(SupervisedConfig):
@@ -113,6 +131,7 @@ class LaunchConfig(Settings):
     threads: PositiveInt = Field(2, description="torch threads a rank; part of what makes a CPU run reproducible")
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    hang_seconds: NonNegativeFloat = Field(1800, description="a rank without a step for so long leaves its stacks and ends; 0: never")
 
 
 class VLMTrainingConfig(Settings):

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from runtime.exits import Plain
 from training.config import LaunchConfig
@@ -27,13 +29,17 @@ def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
 
 
 def build_accelerator(config: LaunchConfig) -> Accelerator:
-    """Accelerator of this rank, with the configured precision and threads.
+    """Accelerator of this rank, with the configured precision and threads. A collective call gives up when `launch.hang_seconds` are over.
 
     Raises:
         WorldSizeMismatch: the number of ranks is not `launch.processes`.
     """
     torch.set_num_threads(config.threads)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no" if config.precision == "fp32" else config.precision)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_seconds))] if config.hang_seconds else [],
+    )
     if accelerator.num_processes != config.processes:
         raise WorldSizeMismatch(
             f"launch.processes: {config.processes} asked for, {accelerator.num_processes} running. Start the stage by its own command "

@@ -23,6 +23,8 @@ from runtime.progress import Progress
 from runtime.stage import StageRun, rank
 from training.checkpoint import Checkpoints, TrainState
 from training.config import MRGRPOConfig
+from training.guards import NonFiniteLoss
+from training.heartbeat import watch_ranks
 from training.launch import build_accelerator
 from training.losses import clipped_ratio_loss, flow_matching_loss, velocity_kl
 from training.optim import build_optimizer, set_learning_rate
@@ -31,7 +33,7 @@ from training.randomness import quantiles, sample_noise
 from training.rewards import SceneParts, Scores, advantages
 from training.sde import log_prob, sde_step
 from training.stages import freeze_for
-from training.supervised import NonFiniteLoss, agreed, load_parent
+from training.supervised import agreed, load_parent
 from training.tracking import Tracker, track
 
 STAGE = "mr_grpo"
@@ -92,7 +94,11 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
     reward = SceneParts(list(config.rewards))
     weights = torch.tensor([config.rewards[name] for name in reward.names])
     stopped = False
-    with Progress(config.steps, "step", STAGE, run.folder / "progress.jsonl" if rank() == 0 else None, start=state.step) as progress:
+    log = run.folder / "progress.jsonl" if rank() == 0 else None
+    with (
+        watch_ranks(run.folder, run.params.launch.hang_seconds) as heartbeat,
+        Progress(config.steps, "step", STAGE, log, start=state.step) as progress,
+    ):
         while state.step < config.steps and not stopped:
             batch = next(batches)
             rolled = rollout(model, batch, config, state.step)
@@ -105,13 +111,14 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
             rate = set_learning_rate(optimizer, state.step, config.steps, config.optimizer)
             row = update(accelerator, wrapped, model, reference, rolled, advantage, batch, config, state)
             state.step += 1
+            heartbeat.beat()
             row |= reward_row(scores, config) | {"lr": rate}
             state.history.append({"step": state.step} | row)
             state.data = loader.state()
             tracker.log(state.step, **row)
             progress.update(reward=row["reward"], loss=row["loss"])
             stopped = agreed(accelerator, bool(run.stop)) and state.step < config.steps
-            if rank() == 0 and (checkpoints.due(state.step) or stopped or state.step == config.steps):
+            if checkpoints.due(state.step) or stopped or state.step == config.steps:
                 checkpoints.save(state)
     if stopped:
         raise Interrupted(

@@ -1,7 +1,6 @@
 """Alignment and SFT: one loop. batch -> latents -> noise -> velocity -> loss -> step (paper sections 3.1, 3.2)."""
 
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +18,14 @@ from model.lora import merge_lora
 from model.parts import parameter_report
 from model.vae import posterior_of, scale_latents, to_pixels
 from model.weights import WeightsMismatch, load_foundation, load_model
-from runtime.exits import Interrupted, Plain
+from runtime.exits import Interrupted
 from runtime.files import read_json
 from runtime.progress import Progress
 from runtime.stage import StageRun, rank
 from training.checkpoint import Checkpoints, TrainState
 from training.config import SupervisedConfig
+from training.guards import Guard
+from training.heartbeat import watch_ranks
 from training.launch import build_accelerator
 from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
@@ -32,10 +33,6 @@ from training.publish import publish_stage, remember_start
 from training.randomness import coin_flips, generator, quantiles, sample_noise
 from training.stages import PARENT, freeze_for
 from training.tracking import Tracker, track
-
-
-class NonFiniteLoss(Plain):
-    """A loss or gradient was NaN or infinite. No weight was changed by that step."""
 
 
 def run_supervised(run: StageRun, stage: str) -> None:
@@ -96,9 +93,10 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     optimizer = build_optimizer(trained.values(), config.optimizer)
     ema = EMA(trained, config.ema_decay) if config.ema_decay else None
     state = TrainState(trained, optimizer, ema)
-    checkpoints = Checkpoints(run.folder, config.checkpoint_every, config.keep_checkpoints)
+    checkpoints = Checkpoints(run.folder, config.checkpoint_every, config.keep_checkpoints, config.async_checkpoints)
     if checkpoints.restore(state):
         print(f"{stage}: going on from step {state.step}", flush=True)
+    guard = Guard(config.guard, stage, run.folder, accelerator, state, checkpoints)
     micro_batches = config.batch_size // (config.micro_batch_size * accelerator.num_processes)
     shards = run.root / "outputs" / "shards"
     global_micro_batch = config.micro_batch_size * accelerator.num_processes
@@ -117,7 +115,12 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     wrapped = accelerator.prepare_model(model)
     model.train()
     stopped = False
-    with Progress(config.steps, "step", stage, run.folder / "progress.jsonl" if rank() == 0 else None, start=state.step) as progress:
+    log = run.folder / "progress.jsonl" if rank() == 0 else None
+    with (
+        watch_ranks(run.folder, run.params.launch.hang_seconds) as heartbeat,
+        checkpoints,
+        Progress(config.steps, "step", stage, log, start=state.step) as progress,
+    ):
         while state.step < config.steps and not stopped:
             losses: dict[str, list[Tensor]] = defaultdict(list)
             for micro in range(micro_batches):
@@ -126,14 +129,17 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                     loss_B = batch_loss(wrapped, model, batch, config, stage)
                     accelerator.backward(loss_B.mean() / micro_batches)
                 losses[batch.task].append(loss_B.detach().mean())
+                guard.see(batch, loss_B)
             norm = accelerator.clip_grad_norm_(trained.values(), config.optimizer.max_grad_norm)
             means = {task: accelerator.reduce(torch.stack(values).mean(), "mean").item() for task, values in losses.items()}
             loss = sum(means[task] * len(values) for task, values in losses.items()) / micro_batches
-            if not (math.isfinite(loss) and math.isfinite(float(norm))):
-                raise NonFiniteLoss(
-                    f"{stage}: step {state.step + 1} has loss {loss}, gradient norm {float(norm)}; samples {batch.keys[:4]}..."
-                )
             rate = set_learning_rate(optimizer, state.step, config.steps, config.optimizer)
+            heartbeat.beat()
+            if guard.refuses(loss, float(norm), rate):
+                optimizer.zero_grad(set_to_none=True)
+                state.data = loader.state()
+                progress.update(state.step - progress.done, skipped=state.guard["skipped"])
+                continue
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
@@ -146,7 +152,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 tracker.log(state.step, **row)
             progress.update(loss=loss)
             stopped = agreed(accelerator, bool(run.stop)) and state.step < config.steps
-            if rank() == 0 and (checkpoints.due(state.step) or stopped or state.step == config.steps):
+            if checkpoints.due(state.step) or stopped or state.step == config.steps:
                 checkpoints.save(state)
     if stopped:
         raise Interrupted(
