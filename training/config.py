@@ -38,7 +38,7 @@ class GuardConfig(Settings):
     """What is done about steps whose loss, gradient or input is no finite number, and about losses that leap."""
 
     rollback_after: PositiveInt = Field(
-        3, description="bad steps in a row before the last checkpoint is taken up again, past their batches"
+        default=3, description="bad steps in a row before the last checkpoint is taken up again, past their batches"
     )
     stop_after: PositiveInt = Field(
         default=20, description="bad steps in all before the stage stops and leaves evidence; 1 stops at the first"

@@ -27,7 +27,11 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("ema_decay", "ema_decai", r"alignment\.ema_decai: unknown key; did you mean 'ema_decay'\? allowed here: batch_size"),
+        (
+            "ema_decay",
+            "ema_decai",
+            r"alignment\.ema_decai: unknown key; did you mean 'ema_decay'\? allowed here: async_checkpoints, batch_size",
+        ),
         ("preset: tiny", "presett: tiny", r"presett: unknown key; did you mean 'preset'"),
         ("steps: 400", "steps: -4", r"alignment\.steps: -4 given; input should be greater than 0"),
         ("lr: 2.0e-3", "lr: fast", r"alignment\.optimizer\.lr: 'fast' given; input should be a valid number"),
