@@ -128,8 +128,9 @@ def fault(point: str, step: int) -> None:
 class Checkpoints:
     """`step-000200/` folders in a run folder; the newest whole one is resumed from.
 
-    Kept are the latest `keep`, the best by the scores that were told, and those that a file `registered` names, one a line. Every rank
-    calls `save` and `restore`, which exchange the generators' states and the choice; rank 0 alone writes.
+    Kept are the latest `keep`, the latest that was due (others come from a stop), the best by the scores that were told, and those that a
+    file `registered` names, one a line. Every rank calls `save` and `restore`, which exchange the generators' states and the choice; rank 0
+    alone writes.
 
     Args:
         every: steps between two.
@@ -243,8 +244,9 @@ class Checkpoints:
         )
 
     def _prune(self) -> None:
-        best = self.best()
-        kept = {path.name for path in self.steps()[-self.keep :]} | {*self._registered()} | ({best.name} if best else set())
+        best, due = self.best(), [path for path in self.steps() if self.due(_step_of(path))]
+        latest = {path.name for path in (*self.steps()[-self.keep :], *due[-1:])}
+        kept = latest | {*self._registered()} | ({best.name} if best else set())
         for old in self.steps():
             if old.name in kept:
                 continue
@@ -253,24 +255,29 @@ class Checkpoints:
             except OSError as error:  # tried again after the next save
                 logger.warning("old checkpoint %s can't be deleted: %s", old.name, error)
 
-    def restore(self, state: TrainState) -> bool:
+    def restore(self, state: TrainState, due: bool = False) -> bool:
         """Load the newest whole checkpoint into `state`; a damaged one is set aside by name and the one before is used.
 
         Rank 0 looks and sets aside; the others load what it chose.
+
+        Args:
+            due: only one of a step that is due, which an uninterrupted run has as well.
 
         Raises:
             NewerFormat: the newest is of a later format.
         """
         self.wait()
-        chosen = from_first_rank(self._restore_newest(state) if rank() == 0 else None)
+        chosen = from_first_rank(self._restore_newest(state, due) if rank() == 0 else None)
         if chosen is None:
             return False
         if rank() != 0:
             state.load(*read_checkpoint(self.folder / chosen))
         return True
 
-    def _restore_newest(self, state: TrainState) -> str | None:
+    def _restore_newest(self, state: TrainState, due: bool) -> str | None:
         for folder in reversed(self.steps()):
+            if due and not self.due(_step_of(folder)):
+                continue
             try:
                 state.load(*read_checkpoint(folder))
             except CheckpointCorrupt as error:

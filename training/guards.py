@@ -94,10 +94,13 @@ class Guard:
         return [value > 0 for value in total.tolist()]
 
     def _roll_back(self, facts: dict[str, Any]) -> None:
-        """The last checkpoint's weights, step and generators; the position in the data and the counts stay."""
+        """The weights, step and generators of the last checkpoint that was due; the position in the data and the counts stay.
+
+        Not of one that a stop made: the run that was not stopped has none there, and both must end the same.
+        """
         counts, left = self.state.guard | {"streak": 0}, self.state.step
         self.state.guard = counts
-        if not self.checkpoints.restore(self.state):
+        if not self.checkpoints.restore(self.state, due=True):
             self._log("no_rollback", "there is no checkpoint to go back to yet", facts)
             return
         counts["rollbacks"] += 1
