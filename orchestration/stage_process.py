@@ -26,6 +26,7 @@ MEANINGS = {
     exits.INPUTS_CHANGED: "params, inputs or code changed while it ran; what it made is kept, and not recorded",
     exits.LOCKED: "another process is running this stage",
     exits.INTERRUPTED: "interrupted; its state is saved",
+    exits.HUNG: "a rank took no step for launch.hang_seconds; its stacks are in hang-rank*.txt of the run folder",
     -signal.SIGKILL: "killed (SIGKILL): often the machine ran out of memory",
     128 + signal.SIGKILL: "killed (SIGKILL): often the machine ran out of memory",
 }

@@ -17,7 +17,7 @@ from training.checkpoint import Checkpoints, read_checkpoint
 from .conftest import REPO
 
 pytestmark = pytest.mark.slow
-MICRO = 2  # micro-batches a step, of two ranks
+MICRO = 4  # micro-batches a step, of two ranks
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def two_ranks(project: Path, edit_params: Callable) -> Callable[..., tuple[subpr
     def run(fault: str, first: int, last: int, hang_seconds: float = 300, **guard: Any) -> Any:
         def change(params: dict) -> None:
             params["launch"] |= {"processes": 2, "hang_seconds": hang_seconds}
-            params["sft"]["batch_size"] = 12
+            for stage in ("alignment", "sft"):
+                params[stage]["micro_batch_size"] = 1
             params["mr_grpo"]["micro_batch_size"] = 2
             params["alignment"]["guard"] |= guard
 
