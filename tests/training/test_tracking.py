@@ -1,6 +1,7 @@
 """A tracking outage stops nothing and loses nothing: each row, tag and picture arrives once, sooner or later."""
 
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,13 +46,22 @@ class Faulty:
         return self.app(environ, start_response)
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, made once: it takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+def server(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
     from mlflow.server import app, handlers
     from werkzeug.serving import make_server
 
     monkeypatch.setattr(handlers, "_tracking_store", None)
     monkeypatch.setattr(handlers, "_artifact_repo", None)
+    shutil.copyfile(empty_store, tmp_path / "server.db")
     handlers._get_tracking_store(f"sqlite:///{tmp_path}/server.db", (tmp_path / "artifacts").as_uri())
     faulty = Faulty(app)
     http = make_server("127.0.0.1", 0, faulty, threaded=True)
