@@ -184,7 +184,7 @@ class Sender:
         model = found[0] if found else client.create_logged_model(self.experiment_id, name, self.run_id, facts, step, "checkpoint")
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, event["step"])])
-        rows = [Metric(key, value, event["time"], event["step"], model.model_id) for key, value in event["values"].items()]
+        rows = [Metric(key, value, event["measured"], event["step"], model.model_id) for key, value in event["values"].items()]
         if rows:
             client.log_batch(self.run_id, metrics=rows)
 

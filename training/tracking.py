@@ -43,6 +43,7 @@ class Tracker:
         self.last_step: dict[str, int] = {}
         self.tags: dict[str, str] = {}
         self.checkpoints_told: set[str] = set()
+        self.measured: dict[int, int] = {}  # step -> time of its held-out row
         for event, _ in self.spool.read():
             self._remember(event)
         self.written, self.next_attempt, self.pause = time.monotonic(), 0.0, PAUSE_S
@@ -61,6 +62,8 @@ class Tracker:
     def _remember(self, event: Event) -> None:
         if event["kind"] == "metrics":
             self.last_step |= dict.fromkeys(event["values"], event["step"])
+            if any(name.startswith("held_out/") for name in event["values"]):
+                self.measured[event["step"]] = event["time"]
         elif event["kind"] == "tags":
             self.tags |= event["texts"]
         elif event["kind"] == "checkpoint":
@@ -154,9 +157,10 @@ class Tracker:
             if name in self.checkpoints_told:
                 continue
             row = next((row for row in reversed(history) if row["step"] == step), {})
-            held_out = {key: value for key, value in row.items() if key.startswith("held_out")}
+            held_out = {key: value for key, value in row.items() if key.startswith("held_out/")}
             digest, uri = sha256_file(folder / "complete.json"), str(folder.relative_to(self.run.root))
-            self._add("checkpoint", name=name, step=step, uri=uri, sha256=digest, values=held_out)
+            measured = self.measured.get(step, 0)  # with the time of the run's own row MLflow keeps one for both
+            self._add("checkpoint", name=name, step=step, uri=uri, sha256=digest, values=held_out, measured=measured)
 
     def result(self, **values: float) -> None:
         """Final numbers, as metrics without a step."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 from runtime.exits import Interrupted
 from runtime.files import read_json, tensors_digest
+from runtime.mlflow_store import open_store
 from training.spool import NOTE, SPOOL, Spool, StoreUnreachable, replay
 from training.supervised import run_supervised
 from training.tracking import Tracker, track
@@ -61,6 +62,7 @@ def server(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(handlers, "_tracking_store", None)
     monkeypatch.setattr(handlers, "_artifact_repo", None)
+    monkeypatch.setattr(handlers.utils, "set_tracking_uri", lambda uri: None)  # the server would set it for this whole process
     shutil.copyfile(empty_store, tmp_path / "server.db")
     handlers._get_tracking_store(f"sqlite:///{tmp_path}/server.db", (tmp_path / "artifacts").as_uri())
     faulty = Faulty(app)
@@ -219,7 +221,7 @@ def test_a_stage_without_a_store_ends_with_the_same_bytes_and_its_trace_comes_la
             run_supervised(run, "alignment")
     without_store = tensors_digest(run.out / "model")
     replay(project)
-    client = MlflowClient(f"sqlite:///{project}/outputs/mlflow/mlflow.db")
+    client = MlflowClient(open_store(project))
     (experiment,) = [e for e in client.search_experiments() if e.name == "deepgen"]
     (logged,) = client.search_runs([experiment.experiment_id])
     metrics, tags = logged.data.metrics, logged.data.tags
