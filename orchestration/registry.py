@@ -1,7 +1,6 @@
 """The registered model in MLflow: versions keyed by the digest of their weights, and the aliases that point at them."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import yaml
 
 from orchestration.datasets import dataset_ids
 from orchestration.dvc import DvcCommand
+from runtime.environment import git_state
 from runtime.files import read_json, sha256_json, tensors_digest
 from runtime.mlflow_store import locked, open_store
 from runtime.params import STAGES, Params, parse_params
@@ -275,13 +275,3 @@ def parent_runs(root: Path) -> dict[str, str]:
             if read_json(note.with_name("run.json"))["digests"] == digests:
                 found[name] = read_json(note)["run_id"]
     return found
-
-
-def git_state(root: Path) -> dict[str, str]:
-    """The commit that the clone stands on, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    return {"git_commit": git("rev-parse", "HEAD") or "none", "git_dirty": str(bool(git("status", "--porcelain"))).lower()}

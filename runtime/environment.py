@@ -1,6 +1,8 @@
-"""Environment variables that hold in every process of the project: no network, no telemetry, no unsafe decoding, quiet threads."""
+"""What surrounds a process: the variables that hold in every one of the project (no network, no telemetry, no unsafe decoding), and git."""
 
 import os
+import subprocess
+from pathlib import Path
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -21,3 +23,13 @@ def set_environment() -> None:
     os.environ.update(ENVIRONMENT)
     for name, value in PREFERRED.items():
         os.environ.setdefault(name, value)
+
+
+def git_state(root: Path) -> dict[str, str]:
+    """The commit that the clone stands on, and whether files differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return {"git_commit": git("rev-parse", "HEAD") or "none", "git_dirty": str(bool(git("status", "--porcelain"))).lower()}

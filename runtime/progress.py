@@ -17,10 +17,13 @@ class Progress:
         log: file that gets one JSON line each time progress is shown: time, step, total, rate (units/s), eta_s, values.
         start: units that an earlier process had done.
         every_s: seconds between plain lines where no terminal is attached.
+        samples: of which a unit is made; where given, samples_per_s is shown and written as well.
     """
 
-    def __init__(self, total: int, unit: str, desc: str, log: Path | None = None, start: int = 0, every_s: float = 10.0) -> None:
-        self.total, self.unit, self.desc, self.every_s = total, unit, desc, every_s
+    def __init__(
+        self, total: int, unit: str, desc: str, log: Path | None = None, start: int = 0, every_s: float = 10.0, samples: int = 0
+    ) -> None:
+        self.total, self.unit, self.desc, self.every_s, self.samples = total, unit, desc, every_s, samples
         self.done = self.start = start
         self.values: dict[str, float] = {}
         self.began = self.shown = time.monotonic()
@@ -50,6 +53,8 @@ class Progress:
         self.shown = now
         rate = (self.done - self.start) / max(now - self.began, 1e-9)
         eta = (self.total - self.done) / rate if rate > 0 else float("inf")
+        if self.samples:
+            self.values["samples_per_s"] = round(rate * self.samples, 2)
         if self.bar is None:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in self.values.items())
             print(f"{self.desc}: {self.done}/{self.total} {self.unit}s  {rate:.3g}/s  ETA {_clock(eta)}  {shown}".rstrip(), flush=True)

@@ -1,4 +1,4 @@
-"""python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export: the stage commands of dvc.yaml."""
+"""python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export: the stages of dvc.yaml; and replay."""
 
 import argparse
 import sys
@@ -16,6 +16,7 @@ def main() -> None:
     verbs.add_parser("mr_grpo", help="stage 3")
     verbs.add_parser("evaluate", help="score a stage's model").add_argument("stage", choices=["alignment", "sft", "mr_grpo"])
     verbs.add_parser("export", help="write the release folder and load it once in a fresh process")
+    verbs.add_parser("replay", help="send to MLflow what waits in the run folders since it could not be reached")
     verbs.add_parser("train_foundation", help="train the small foundation anew (foundation/params.yaml)")
     arguments = parser.parse_args()
     set_environment()
@@ -24,6 +25,13 @@ def main() -> None:
         from training.foundation_training import run_train_foundation
 
         run_train_foundation()
+        return
+    if arguments.verb == "replay":
+        from runtime.stage import find_root, guard
+        from training.spool import replay
+
+        with guard("replay"):
+            print(f"{replay(find_root())} events sent, nothing waits", flush=True)
         return
     if arguments.verb in ("latents", "alignment", "sft", "mr_grpo"):
         launch()

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from runtime.settings import Settings
 
@@ -50,6 +50,13 @@ class GuardConfig(Settings):
     )
 
 
+class EarlyStopConfig(Settings):
+    """Ends a stage whose held-out loss no longer falls."""
+
+    patience: PositiveInt = Field(description="validations in a row without a new best that end the stage")
+    min_delta: NonNegativeFloat = Field(0.0, description="how far below the best a held-out loss must be to count as a new best")
+
+
 class SupervisedConfig(Settings):
     """A flow-matching stage: alignment or sft (paper sections 3.1, 3.2)."""
 
@@ -68,6 +75,15 @@ class SupervisedConfig(Settings):
     seed: int = 0
     async_checkpoints: bool = Field(False, description="write checkpoints behind the training, from copies in main memory")
     guard: GuardConfig = GuardConfig()
+    validate_every: NonNegativeInt = Field(0, description="optimizer steps between held-out losses, which the last step has too; 0: never")
+    board_every: NonNegativeInt = Field(0, description="optimizer steps between sample boards, boards/step-000200.png; 0: never")
+    early_stop: EarlyStopConfig | None = Field(None, description="on the held-out loss, so that validate_every must be above 0")
+
+    @model_validator(mode="after")
+    def _early_stop_has_what_it_looks_at(self) -> Self:
+        if self.early_stop is not None and self.validate_every == 0:
+            raise ValueError("early_stop: set, but validate_every is 0; allowed: null, or a validate_every above 0")
+        return self
 
 
 class SFTConfig(SupervisedConfig):

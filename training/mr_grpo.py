@@ -119,6 +119,7 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
             progress.update(reward=row["reward"], loss=row["loss"])
             stopped = agreed(accelerator, bool(run.stop)) and state.step < config.steps
             if checkpoints.due(state.step) or stopped or state.step == config.steps:
+                tracker.flush()  # a resumed process does not log these steps again
                 checkpoints.save(state)
     if stopped:
         raise Interrupted(

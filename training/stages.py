@@ -5,9 +5,15 @@ from torch import nn
 from model.deepgen import DeepGen
 from model.lora import add_lora
 from model.parts import TRAINED, part_of
+from runtime.params import Params
 from training.config import LoRAConfig
 
 PARENT = {"alignment": "foundation", "sft": "alignment", "mr_grpo": "sft"}  # sft.start may name another
+
+
+def parent_of(stage: str, params: Params) -> str | None:
+    """The folder of outputs/ whose weights `stage` starts from; None for what is no training stage."""
+    return params.sft.start if stage == "sft" else PARENT.get(stage)
 
 
 def freeze_for(model: DeepGen, stage: str, lora: LoRAConfig | None = None) -> dict[str, nn.Parameter]:

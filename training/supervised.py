@@ -24,6 +24,7 @@ from runtime.progress import Progress
 from runtime.stage import StageRun, rank
 from training.checkpoint import Checkpoints, TrainState
 from training.config import SupervisedConfig
+from training.curves import Curves
 from training.guards import Guard
 from training.heartbeat import watch_ranks
 from training.launch import build_accelerator
@@ -31,8 +32,9 @@ from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
 from training.publish import publish_stage, remember_start
 from training.randomness import coin_flips, generator, quantiles, sample_noise
-from training.stages import PARENT, freeze_for
+from training.stages import freeze_for, parent_of
 from training.tracking import Tracker, track
+from training.validation import Validation
 
 
 def run_supervised(run: StageRun, stage: str) -> None:
@@ -57,8 +59,8 @@ def load_parent(run: StageRun, stage: str) -> DeepGen:
     """The model that `stage` starts from: the foundation with a fresh connector, or the stage before."""
     # A process begins with a random global seed; fresh weights (connector, LoRA) and LoRA's dropout draw from it.
     torch.manual_seed(generator("weights and dropout", getattr(run.params, stage).seed, stage).initial_seed())
-    parent = run.params.sft.start if stage == "sft" else PARENT[stage]
-    folder = run.root / "outputs" / parent
+    parent = parent_of(stage, run.params)
+    folder = run.root / "outputs" / str(parent)
     if parent != "foundation":
         model = load_model(folder / "model")
         refuse_other_settings(model, run.params.model, folder)
@@ -114,14 +116,16 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     batches = iter(loader)
     wrapped = accelerator.prepare_model(model)
     model.train()
-    stopped = False
-    log = run.folder / "progress.jsonl" if rank() == 0 else None
+    curves = Curves(accelerator, model, config, stage)
+    validation = Validation(run, config, accelerator, model, state, tracker)
+    tracker.checkpoints(checkpoints.steps(), state.history)
+    stopped, log = False, run.folder / "progress.jsonl" if rank() == 0 else None
     with (
         watch_ranks(run.folder, run.params.launch.hang_seconds) as heartbeat,
         checkpoints,
-        Progress(config.steps, "step", stage, log, start=state.step) as progress,
+        Progress(config.steps, "step", stage, log, start=state.step, samples=config.batch_size) as progress,
     ):
-        while state.step < config.steps and not stopped:
+        while state.step < config.steps and not (stopped or validation.over):
             losses: dict[str, list[Tensor]] = defaultdict(list)
             for micro in range(micro_batches):
                 batch = next(batches)
@@ -130,6 +134,8 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                     accelerator.backward(loss_B.mean() / micro_batches)
                 losses[batch.task].append(loss_B.detach().mean())
                 guard.see(batch, loss_B)
+                curves.add(batch, loss_B)
+            curve = curves.row(state.step + 1, trained)
             norm = accelerator.clip_grad_norm_(trained.values(), config.optimizer.max_grad_norm)
             means = {task: accelerator.reduce(torch.stack(values).mean(), "mean").item() for task, values in losses.items()}
             loss = sum(means[task] * len(values) for task, values in losses.items()) / micro_batches
@@ -146,14 +152,18 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 ema.update()
             state.step += 1
             row = {"loss": loss, "grad_norm": float(norm), "lr": rate} | {f"loss_{task}": v for task, v in means.items()}
-            state.history.append({"step": state.step} | row)
+            held_out = validation.look(state.step)
+            state.history.append({"step": state.step} | row | held_out)
             state.data = loader.state()
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                tracker.log(state.step, **row)
-            progress.update(loss=loss)
-            stopped = agreed(accelerator, bool(run.stop)) and state.step < config.steps
-            if checkpoints.due(state.step) or stopped or state.step == config.steps:
+            if curve or held_out:
+                tracker.log(state.step, **row, **curve, **held_out)
+            progress.update(loss=loss, lr=rate)
+            done = state.step == config.steps or validation.over
+            stopped = agreed(accelerator, bool(run.stop)) and not done
+            if checkpoints.due(state.step) or stopped or done:
+                tracker.flush()  # a resumed process does not log these steps again
                 checkpoints.save(state)
+                tracker.checkpoints(checkpoints.steps(), state.history)
     if stopped:
         raise Interrupted(
             f"stopped at step {state.step} of {config.steps}, saved in {run.folder.relative_to(run.root)}; the same command goes on"

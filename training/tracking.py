@@ -2,153 +2,273 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import platform
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.files import read_json, write_json
-from runtime.mlflow_store import open_store
+from runtime.environment import git_state
+from runtime.exits import Interrupted
+from runtime.files import sha256_file, sha256_json, tensors_digest
 from runtime.stage import StageRun, rank
+from training.spool import Event, Sender, Spool
+from training.stages import parent_of
 
+ROWS, EVERY_S = 50, 30.0  # waiting rows that are written, and seconds after which fewer are
+PAUSE_S, LONGEST_PAUSE_S = 30.0, 600.0  # after a failed attempt, doubled by each further one
+SYSTEM_EVERY_S = 30.0
 logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Writes to the MLflow run of this stage; rows wait in a list and are sent together.
+    """What a stage tells MLflow. Everything goes to the run folder's spool first, and from there to the store when it answers.
 
-    A resumed process reopens the run that its folder names, and steps that were sent before are not sent twice.
+    A store that can't be reached stops nothing: it costs the training one short attempt now and then. A resumed process goes on with the
+    spool that its folder holds, and what was logged before is not logged twice: a metric's steps only rise.
     """
 
-    def __init__(self, run: StageRun, experiment: str) -> None:
+    def __init__(self, run: StageRun) -> None:
         self.run, self.active = run, rank() == 0
-        self.rows: list[tuple[int, dict[str, float]]] = []
-        self.run_id: str | None = None
         if not self.active:
             return
-        from mlflow import MlflowClient
-
-        self.client = MlflowClient(open_store(run.root))
-        self.note = run.folder / "mlflow.json"
-        noted = read_json(self.note) if self.note.exists() else {}
-        self.sent = noted.get("sent", 0)
-        self.run_id = noted.get("run_id") if self._exists(noted.get("run_id")) else None
-        if self.run_id is None:
-            self.sent = 0
-            found = self.client.get_experiment_by_name(experiment)
-            experiment_id = found.experiment_id if found else self.client.create_experiment(experiment)
-            created = self.client.create_run(experiment_id, run_name=f"{run.name} {run.fingerprint[:6]}")
-            self.run_id = created.info.run_id
+        self.rows: list[Event] = []
+        self.lock = threading.Lock()  # system metrics come from a thread of their own
+        self.spool = Spool(run.folder)
+        self.sender = Sender(run.root, run.folder, self.spool)
+        self.last_step: dict[str, int] = {}
+        self.tags: dict[str, str] = {}
+        self.checkpoints_told: set[str] = set()
+        self.measured: dict[int, int] = {}  # step -> time of its held-out row
+        for event, _ in self.spool.read():
+            self._remember(event)
+        self.written, self.next_attempt, self.pause = time.monotonic(), 0.0, PAUSE_S
+        self.waiting = False
+        if self.spool.size == 0:
             self._describe()
-        self.client.update_run(self.run_id, status="RUNNING")
-        write_json(self.note, {"run_id": self.run_id, "sent": self.sent})
+        self.tag(**environment_tags(run))
+        self._add("status", status="RUNNING")
+        self.flush()
 
-    def _exists(self, run_id: str | None) -> bool:
-        from mlflow.exceptions import MlflowException
+    @property
+    def run_id(self) -> str | None:
+        """None until the store has once answered."""
+        return self.sender.run_id if self.active else None
 
-        try:
-            return run_id is not None and self.client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException:
-            return False
+    def _remember(self, event: Event) -> None:
+        if event["kind"] == "metrics":
+            self.last_step |= dict.fromkeys(event["values"], event["step"])
+            if any(name.startswith("held_out/") for name in event["values"]):
+                self.measured[event["step"]] = event["time"]
+        elif event["kind"] == "tags":
+            self.tags |= event["texts"]
+        elif event["kind"] == "checkpoint":
+            self.checkpoints_told.add(event["name"])
+
+    def _add(self, kind: str, **facts: Any) -> None:
+        event = {"kind": kind, "time": int(time.time() * 1000), **facts}
+        with self.lock:
+            self.rows.append(event)
+            self._remember(event)
 
     def _describe(self) -> None:
-        """Params of the stage, its fingerprint, and its inputs by digest."""
-        from mlflow.entities import Param, RunTag
-
-        sections = {key: self.run.values[key.split(".")[0]] for key in self.run.stage.params}
-        flat = dict(_flatten(sections))
-        self.client.log_batch(
-            self.run_id,
-            params=[Param(key, str(value)[:5000]) for key, value in flat.items()],
-            tags=[
-                RunTag("stage", self.run.name),
-                RunTag("preset", self.run.params.preset),
-                RunTag("fingerprint", self.run.fingerprint),
-                RunTag("run_folder", str(self.run.folder.relative_to(self.run.root))),
-                *(RunTag(f"digest.{name}", digest) for name, digest in self.run.digests.items()),
-            ],
+        """The run itself, params of the stage, and its inputs by digest."""
+        run = self.run
+        sections = {key: run.values[key.split(".")[0]] for key in run.stage.params}
+        inputs = {name.removeprefix("input "): digest for name, digest in run.digests.items() if name.startswith("input ")}
+        name = f"{run.name} {run.fingerprint[:6]}"
+        self._add("run", experiment=run.params.registry.experiment, name=name, token=uuid.uuid4().hex)
+        self._add("params", texts={key: str(value)[:5000] for key, value in _flatten(sections)})
+        self._add("inputs", digests=inputs)
+        self.tag(
+            stage=run.name,
+            preset=run.params.preset,
+            fingerprint=run.fingerprint,
+            run_folder=str(run.folder.relative_to(run.root)),
+            **{f"digest.{name}": digest for name, digest in run.digests.items()},
+            **parent_tags(run),
         )
-        self._log_inputs()
-
-    def _log_inputs(self) -> None:
-        """Each input as an MLflow dataset whose digest is ours: equal digests are the lineage between runs."""
-        import mlflow
-        from mlflow.entities import DatasetInput, InputTag
-
-        inputs = []
-        for name, digest in self.run.digests.items():
-            if name.startswith("input "):
-                path = name.removeprefix("input ")
-                dataset = mlflow.data.meta_dataset.MetaDataset(
-                    mlflow.data.http_dataset_source.HTTPDatasetSource(f"file:{path}"), name=path, digest=digest[:32]
-                )
-                inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", "training")]))
-        self.client.log_inputs(self.run_id, datasets=inputs)
 
     def log(self, step: int, **values: float) -> None:
-        if self.active and step > self.sent:
-            self.rows.append((step, values))
-            if len(self.rows) >= 50:
-                self.flush()
-
-    def flush(self) -> None:
-        """Send what waits. A store that can't be reached stops nothing: the rows stay until the next flush."""
-        if not self.active or not self.rows:
+        """Metrics at optimizer step `step`; those that an earlier process logged for it are left out."""
+        if not self.active:
             return
-        import time
+        fresh = {name: value for name, value in values.items() if step > self.last_step.get(name, -1)}
+        if fresh:
+            self._add("metrics", step=step, values=fresh)
+        if len(self.rows) >= ROWS or time.monotonic() - self.written >= EVERY_S:
+            self.flush()
 
-        from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
+    def flush(self, now: bool = False) -> None:
+        """Write what waits to the spool, on disk when this returns, and send the spool if the store answers.
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for step, values in self.rows for name, value in values.items()]
+        now: also where the pause after a failed attempt is not over.
+        """
+        if not self.active:
+            return
+        self.written = time.monotonic()
+        with self.lock:
+            rows, self.rows = self.rows, []
         try:
-            for start in range(0, len(metrics), 1000):
-                self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
-        except (MlflowException, OSError) as error:
-            logger.warning("MLflow can't be reached (%s): %d rows wait", error, len(self.rows))
+            if rows:
+                self.spool.append(rows)
+        except OSError as error:
+            logger.warning("%s can't be written (%s): %d rows wait in memory", self.spool.path.name, error, len(rows))
+            with self.lock:
+                self.rows = rows + self.rows
             return
-        self.sent = self.rows[-1][0]
-        self.rows.clear()
-        write_json(self.note, {"run_id": self.run_id, "sent": self.sent})
+        if now or self.written >= self.next_attempt:
+            self._send()
+
+    def _send(self) -> None:
+        try:
+            self.sender.send()
+        except Exception as error:  # whatever a store, a driver or a proxy raises: tracking is no reason to stop
+            if not self.waiting:
+                logger.warning("MLflow can't be reached (%s): what is logged waits in %s", error, self._place())
+            self.waiting = True
+            self.next_attempt, self.pause = time.monotonic() + self.pause, min(2 * self.pause, LONGEST_PAUSE_S)
+            return
+        if self.waiting:
+            logger.warning("MLflow answers again: what waited is sent")
+        self.waiting, self.next_attempt, self.pause = False, 0.0, PAUSE_S
+
+    def _place(self) -> Path:
+        return self.spool.path.relative_to(self.run.root)
 
     def picture(self, path: Path, folder: str = "pictures") -> None:
+        """A PNG, kept beside the spool under its own name: `path` may move before the store answers."""
         if self.active:
-            self.client.log_artifact(self.run_id, str(path), folder)
+            kept = self.run.folder / "pictures" / path.name
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, kept)
+            self._add("picture", path=f"pictures/{path.name}", folder=folder)
+
+    def checkpoints(self, folders: Sequence[Path], history: Sequence[dict[str, float]]) -> None:
+        """Checkpoints that are not told yet, as logged models, with the held-out numbers of their step in `history`."""
+        if not self.active:
+            return
+        for folder in folders:
+            name, step = f"{self.run.name}-{folder.name}", int(folder.name.removeprefix("step-"))
+            if name in self.checkpoints_told:
+                continue
+            row = next((row for row in reversed(history) if row["step"] == step), {})
+            held_out = {key: value for key, value in row.items() if key.startswith("held_out/")}
+            digest, uri = sha256_file(folder / "complete.json"), str(folder.relative_to(self.run.root))
+            measured = self.measured.get(step, 0)  # with the time of the run's own row MLflow keeps one for both
+            self._add("checkpoint", name=name, step=step, uri=uri, sha256=digest, values=held_out, measured=measured)
 
     def result(self, **values: float) -> None:
         """Final numbers, as metrics without a step."""
-        if self.active:
-            for name, value in values.items():
-                self.client.log_metric(self.run_id, name, value)
+        self.log(0, **values)
 
-    def tag(self, **values: str) -> None:
-        if self.active:
-            for name, value in values.items():
-                self.client.set_tag(self.run_id, name, value)
+    def tag(self, **texts: str) -> None:
+        if self.active and (new := {name: text for name, text in texts.items() if self.tags.get(name) != text}):
+            self._add("tags", texts=new)
 
     def end(self, status: str) -> None:
         if self.active:
-            self.flush()
-            self.client.set_terminated(self.run_id, status)
+            self._add("status", status=status)
+            self.flush(now=True)
+            if self.waiting:
+                logger.warning(
+                    "MLflow can't be reached: what was logged waits in %s; `python -m training replay` sends it once the store answers",
+                    self._place(),
+                )
 
 
 @contextmanager
 def track(run: StageRun) -> Iterator[Tracker]:
     """The stage's MLflow run: FINISHED, or KILLED and FAILED where the body raises."""
-    from runtime.exits import Interrupted
-
-    tracker = Tracker(run, run.params.registry.experiment)
+    tracker = Tracker(run)
+    status = "FAILED"
     try:
-        yield tracker
+        with system_metrics(tracker):
+            yield tracker
+        status = "FINISHED"
     except Interrupted:
-        tracker.end("KILLED")
+        status = "KILLED"
         raise
-    except BaseException:
-        tracker.end("FAILED")
-        raise
+    finally:
+        tracker.end(status)
     run.report({"mlflow_run_id": tracker.run_id})
-    tracker.end("FINISHED")
+
+
+@contextmanager
+def system_metrics(tracker: Tracker, every_s: float = SYSTEM_EVERY_S) -> Iterator[None]:
+    """Log the machine's CPU, memory, disk, network and GPU now and then, under the names that MLflow's page of system metrics shows.
+
+    MLflow's own thread writes to the store directly and ends at its first outage; here its monitors are read and the spool is written.
+    """
+    if not tracker.active:
+        yield
+        return
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except Exception:  # no NVIDIA driver, or no package that reads it
+        logger.debug("no GPU metrics", exc_info=True)
+    over = threading.Event()
+
+    def sample() -> None:
+        step = 1 + max((step for name, step in list(tracker.last_step.items()) if name.startswith("system/")), default=-1)
+        values: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        tracker._add("metrics", step=step, values=values)
+
+    def watch() -> None:
+        try:
+            while not over.wait(every_s):
+                sample()
+            sample()  # so that a short stage has one
+        except Exception as error:
+            logger.warning("system metrics end here: %s", error)
+
+    thread = threading.Thread(target=watch, daemon=True, name="system-metrics")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+
+
+def environment_tags(run: StageRun) -> dict[str, str]:
+    """Which commit, and which packages: the lock's sha256, the versions that decide numbers, and one digest of all three."""
+    import torch
+
+    lock = run.root / "constraints.txt"
+    facts = {
+        "constraints": sha256_file(lock) if lock.exists() else "none",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    return git_state(run.root) | facts | {"environment_digest": sha256_json(facts)}
+
+
+def parent_tags(run: StageRun) -> dict[str, str]:
+    """The stage whose weights this one starts from, by the digest of its output and of its tensors; of no other stage anything."""
+    parent = parent_of(run.name, run.params)
+    if parent is None:
+        return {}
+    folder = f"outputs/{parent}"
+    return {
+        "parent_stage": parent,
+        "parent_digest": run.digests[f"input {folder}"],
+        "parent_model_digest": tensors_digest(run.root / folder / "model"),
+    }
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
