@@ -31,7 +31,7 @@ class Faulty:
     """
 
     def __init__(self, app: Callable) -> None:
-        self.app, self.mode, self.awake = app, "ok", threading.Event()
+        self.app, self.mode, self.awake, self.store = app, "ok", threading.Event(), ""
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterator[bytes] | list[bytes]:
         if self.mode == "hang":
@@ -64,14 +64,15 @@ def server(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(handlers, "_artifact_repo", None)
     monkeypatch.setattr(handlers.utils, "set_tracking_uri", lambda uri: None)  # the server would set it for this whole process
     shutil.copyfile(empty_store, tmp_path / "server.db")
-    handlers._get_tracking_store(f"sqlite:///{tmp_path}/server.db", (tmp_path / "artifacts").as_uri())
     faulty = Faulty(app)
+    faulty.store = f"sqlite:///{tmp_path}/server.db"
+    handlers._get_tracking_store(faulty.store, (tmp_path / "artifacts").as_uri())
     http = make_server("127.0.0.1", 0, faulty, threaded=True)
     http.daemon_threads = True
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{http.server_port}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     yield faulty
     faulty.awake.set()
@@ -79,16 +80,15 @@ def server(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     thread.join()
 
 
-def whole(root: Path, stage: str = "alignment") -> MlflowClient:
+def whole(server: Faulty) -> None:
     """The store holds one run with every row once, params, inputs, tags, one picture and its status."""
-    client = MlflowClient()
+    client = MlflowClient(server.store)
     (run,) = client.search_runs([client.get_experiment_by_name("deepgen").experiment_id])
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(step, step / 10) for step in STEPS]
     assert run.info.status == "FINISHED" and run.data.tags["colour"] == "red" and run.data.metrics["final"] == 0.5
     assert run.data.params["alignment.steps"] == "4" and len(run.inputs.dataset_inputs) == 3
     assert [file.path for file in client.list_artifacts(run.info.run_id, "pictures")] == ["pictures/curve.png"]
-    return client
 
 
 def tell(root: Path, step_done: Callable[[int], None] = lambda step: None) -> None:
@@ -107,16 +107,19 @@ def tell(root: Path, step_done: Callable[[int], None] = lambda step: None) -> No
 
 @pytest.mark.parametrize("mode", ["refuse", "hang", "500", "lost"])
 @pytest.mark.parametrize(("start", "stop"), [(0, 2), (5, 7), (10, 99), (0, 99)], ids=["start", "middle", "end", "always"])
-def test_a_store_that_fails_for_a_while_holds_everything_once_afterwards(project: Path, server: Faulty, mode: str, start: int, stop: int):
+def test_a_store_that_fails_for_a_while_holds_everything_once_afterwards(
+    project: Path, server: Faulty, monkeypatch: pytest.MonkeyPatch, mode: str, start: int, stop: int
+):
     def switch(step: int) -> None:
         server.mode = mode if start <= step < stop else "ok"
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if server.mode == "hang" else "60")
 
     switch(0)
     tell(project, switch)
-    server.mode = "ok"
+    switch(100)
     waited = replay(project)
     assert (waited > 0) == (stop == 99)
-    whole(project)
+    whole(server)
     assert replay(project) == 0
 
 
@@ -140,14 +143,14 @@ def test_a_later_process_sends_what_waits_and_logs_no_step_twice(project: Path, 
         tracker.flush()  # and here the process is killed
     server.mode = "ok"
     tell(project)
-    whole(project)
+    whole(server)
 
 
 def test_a_sender_killed_before_its_note_sends_again_and_the_store_holds_each_row_once(project: Path, server: Faulty):
     tell(project)
     next((project / "outputs" / "runs").rglob(NOTE)).unlink()
     assert replay(project) > len(STEPS)
-    whole(project)
+    whole(server)
 
 
 def test_a_run_deleted_in_the_store_is_filled_again_from_the_spool(project: Path, server: Faulty):
@@ -158,7 +161,7 @@ def test_a_run_deleted_in_the_store_is_filled_again_from_the_spool(project: Path
     with begin(project, "alignment") as run, track(run):
         pass
     assert read_json(note)["run_id"] != first
-    whole(project)
+    whole(server)
 
 
 def test_a_run_deleted_while_the_stage_runs_is_filled_again_too(project: Path, server: Faulty):
@@ -167,7 +170,7 @@ def test_a_run_deleted_while_the_stage_runs_is_filled_again_too(project: Path, s
             MlflowClient().delete_run(read_json(next((project / "outputs" / "runs").rglob(NOTE)))["run_id"])
 
     tell(project, switch)
-    whole(project)
+    whole(server)
 
 
 def test_what_the_store_will_never_take_is_passed_over_by_name(project: Path, server: Faulty, caplog: pytest.LogCaptureFixture):
@@ -177,7 +180,7 @@ def test_what_the_store_will_never_take_is_passed_over_by_name(project: Path, se
         tracker.flush()
     assert "does not take metrics" in caplog.text
     tell(project)
-    whole(project)
+    whole(server)
 
 
 def test_a_line_cut_by_a_kill_is_dropped_and_those_before_it_are_kept(tmp_path: Path):
