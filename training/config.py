@@ -8,11 +8,12 @@ from runtime.settings import Settings
 
 
 class LatentsConfig(Settings):
-    """Parts whose images are encoded once by the frozen autoencoder, so that alignment and SFT need not."""
+    """Parts whose images are encoded once by the frozen autoencoder, and vision tower, so that alignment and SFT need not."""
 
     parts: tuple[str, ...] = Field((), description="of data.parts; a micro-batch skips the autoencoder where all of its parts are named")
     precision: Literal["float16", "float32"] = Field("float16", description="of what is stored; float32 is twice the bytes")
     batch_size: PositiveInt = Field(32, description="images encoded at a time")
+    vision: bool = Field(False, description="store what the VLM's frozen vision tower makes of references too, so that it isn't run either")
 
 
 class OptimizerConfig(Settings):
@@ -113,6 +114,17 @@ class LaunchConfig(Settings):
     threads: PositiveInt = Field(2, description="torch threads a rank; part of what makes a CPU run reproducible")
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    strategy: Literal["ddp", "fsdp2", "zero2"] = Field(
+        "ddp",
+        description="how alignment and sft lie on several ranks: a copy on each, or shards, as training/accelerate/ says; mr_grpo copies",
+    )
+    compile: bool = Field(False, description="torch.compile the blocks of DiT and connector; needs a C++ compiler on a CPU")
+
+    @model_validator(mode="after")
+    def _shards_need_ranks(self) -> Self:
+        if self.strategy != "ddp" and self.processes == 1:
+            raise ValueError(f"strategy: {self.strategy} spreads a model over ranks, and launch.processes is 1; allowed: ddp")
+        return self
 
 
 class VLMTrainingConfig(Settings):

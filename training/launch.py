@@ -1,5 +1,6 @@
 """The one seam at which training processes start, and the accelerator they get."""
 
+import importlib.util
 import os
 import sys
 
@@ -14,6 +15,10 @@ class WorldSizeMismatch(Plain):
     """The launcher started another number of ranks than params.yaml asks for."""
 
 
+class StrategyMissing(Plain):
+    """`launch.strategy` names what can't run here."""
+
+
 def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
     """Become torchrun where several ranks are asked for and this is not one of them yet; return in the rank that trains.
 
@@ -26,12 +31,26 @@ def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
     os.execv(sys.executable, command)
 
 
+def refuse_missing(config: LaunchConfig) -> None:
+    """Raises StrategyMissing, saying what is missing, unless this program can train by `launch.strategy`."""
+    if config.strategy != "zero2":
+        return
+    found = importlib.util.find_spec("deepspeed") is not None
+    missing = "checkpoints of DeepSpeed's partitioned optimizer, which are not written yet" if found else "the package deepspeed"
+    raise StrategyMissing(
+        f"launch.strategy: zero2 needs {missing}. fsdp2 with `reshard_after_forward: false` in training/accelerate/fsdp2.yaml keeps "
+        "moments and gradients in shards likewise."
+    )
+
+
 def build_accelerator(config: LaunchConfig) -> Accelerator:
     """Accelerator of this rank, with the configured precision and threads.
 
     Raises:
         WorldSizeMismatch: the number of ranks is not `launch.processes`.
+        StrategyMissing: `launch.strategy` can't run here.
     """
+    refuse_missing(config)
     torch.set_num_threads(config.threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no" if config.precision == "fp32" else config.precision)
     if accelerator.num_processes != config.processes:

@@ -30,6 +30,7 @@ from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
 from training.publish import publish_stage, remember_start
 from training.randomness import coin_flips, generator, quantiles, sample_noise
+from training.sharding import gathered, spread, whole
 from training.stages import PARENT, freeze_for
 from training.tracking import Tracker, track
 
@@ -50,6 +51,8 @@ def run_supervised(run: StageRun, stage: str) -> None:
         state = train(run, stage, accelerator, model, trained, tracker)
         if state.ema is not None:
             state.ema.copy_to_parameters()
+        if run.params.launch.strategy == "fsdp2":
+            model = reassembled(run, stage, state)
         merge_lora(model)
         if rank() == 0:
             publish_stage(run, stage, model, state.history, tracker)
@@ -67,6 +70,16 @@ def load_parent(run: StageRun, stage: str) -> DeepGen:
         refuse_other_settings(model, run.params.model, folder)
         return model
     return load_foundation(folder / "model", run.params.model)
+
+
+def reassembled(run: StageRun, stage: str, state: TrainState) -> DeepGen:
+    """The model that was trained in shards, whole again on every rank."""
+    model = load_parent(run, stage)
+    trained = freeze_for(model, stage, getattr(run.params, stage).lora)
+    with torch.no_grad():
+        for name, parameter in gathered(state).trained.items():
+            trained[name].copy_(parameter)
+    return model
 
 
 def refuse_other_settings(model: DeepGen, config: ModelConfig, folder: Path) -> None:
@@ -114,7 +127,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     if state.data:
         loader.restore(state.data)
     batches = iter(loader)
-    wrapped = accelerator.prepare_model(model)
+    wrapped = spread(accelerator, run.params.launch, model, state)
     model.train()
     stopped = False
     with Progress(config.steps, "step", stage, run.folder / "progress.jsonl" if rank() == 0 else None, start=state.step) as progress:
@@ -126,7 +139,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                     loss_B = batch_loss(wrapped, model, batch, config, stage)
                     accelerator.backward(loss_B.mean() / micro_batches)
                 losses[batch.task].append(loss_B.detach().mean())
-            norm = accelerator.clip_grad_norm_(trained.values(), config.optimizer.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(state.trained.values(), config.optimizer.max_grad_norm))
             means = {task: accelerator.reduce(torch.stack(values).mean(), "mean").item() for task, values in losses.items()}
             loss = sum(means[task] * len(values) for task, values in losses.items()) / micro_batches
             if not (math.isfinite(loss) and math.isfinite(float(norm))):
@@ -146,8 +159,10 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 tracker.log(state.step, **row)
             progress.update(loss=loss)
             stopped = agreed(accelerator, bool(run.stop)) and state.step < config.steps
-            if rank() == 0 and (checkpoints.due(state.step) or stopped or state.step == config.steps):
-                checkpoints.save(state)
+            if checkpoints.due(state.step) or stopped or state.step == config.steps:
+                complete = gathered(state)
+                if rank() == 0:
+                    checkpoints.save(complete)
     if stopped:
         raise Interrupted(
             f"stopped at step {state.step} of {config.steps}, saved in {run.folder.relative_to(run.root)}; the same command goes on"
@@ -197,5 +212,13 @@ def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: S
     blind = coin_flips(config.reference_dropout, "reference_dropout", config.seed, stage, positions) if references else []
     images = without(references, blind)
     reference_latents = without(tuple(scale_latents(model.vae, mean) for mean in reference_means), blind)
-    velocity = wrapped(interpolate(target, noise, sigmas), sigmas, reference_latents, prompts=prompts, reference_images=images)
+    seen = () if batch.latents is None else tuple(torch.from_numpy(tokens).to(model.device) for tokens in batch.latents.vision)
+    velocity = wrapped(
+        interpolate(target, noise, sigmas),
+        sigmas,
+        reference_latents,
+        prompts=prompts,
+        reference_images=images,
+        reference_tokens=without(seen, blind) if seen else (),
+    )
     return flow_matching_loss(velocity, velocity_target(target, noise))
