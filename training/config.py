@@ -52,6 +52,10 @@ class SupervisedConfig(Settings):
     log_every: PositiveInt = 10
     seed: int = 0
 
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches of an optimizer step on each of `ranks`; that they come out even is checked with the whole of params.yaml."""
+        return self.batch_size // (self.micro_batch_size * ranks)
+
 
 class SFTConfig(SupervisedConfig):
     """Stage 2 (paper section 3.2)."""
@@ -118,7 +122,9 @@ class LaunchConfig(Settings):
         "ddp",
         description="how alignment and sft lie on several ranks: a copy on each, or shards, as training/accelerate/ says; mr_grpo copies",
     )
-    compile: bool = Field(False, description="torch.compile the blocks of DiT and connector; needs a C++ compiler on a CPU")
+    compile: bool = Field(
+        False, description="torch.compile the blocks of DiT and connector in alignment and sft; a CPU needs a C++ compiler"
+    )
 
     @model_validator(mode="after")
     def _shards_need_ranks(self) -> Self:

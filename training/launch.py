@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 
 import torch
@@ -15,8 +16,8 @@ class WorldSizeMismatch(Plain):
     """The launcher started another number of ranks than params.yaml asks for."""
 
 
-class StrategyMissing(Plain):
-    """`launch.strategy` names what can't run here."""
+class LaunchRefused(Plain):
+    """`launch` asks for what can't run here."""
 
 
 def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
@@ -32,12 +33,17 @@ def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
 
 
 def refuse_missing(config: LaunchConfig) -> None:
-    """Raises StrategyMissing, saying what is missing, unless this program can train by `launch.strategy`."""
+    """Raises LaunchRefused, saying what is missing, unless `launch.strategy` and `launch.compile` can be had here."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise LaunchRefused(
+            f"launch.compile: true needs a C++ compiler, and {compiler!r} is not found. Install g++, name another in CXX, or set false."
+        )
     if config.strategy != "zero2":
         return
     found = importlib.util.find_spec("deepspeed") is not None
     missing = "checkpoints of DeepSpeed's partitioned optimizer, which are not written yet" if found else "the package deepspeed"
-    raise StrategyMissing(
+    raise LaunchRefused(
         f"launch.strategy: zero2 needs {missing}. fsdp2 with `reshard_after_forward: false` in training/accelerate/fsdp2.yaml keeps "
         "moments and gradients in shards likewise."
     )
@@ -48,7 +54,7 @@ def build_accelerator(config: LaunchConfig) -> Accelerator:
 
     Raises:
         WorldSizeMismatch: the number of ranks is not `launch.processes`.
-        StrategyMissing: `launch.strategy` can't run here.
+        LaunchRefused: `launch.strategy` or `launch.compile` can't be had here.
     """
     refuse_missing(config)
     torch.set_num_threads(config.threads)

@@ -33,6 +33,8 @@ def read_plugin(strategy: str) -> Any:
 def spread(accelerator: Accelerator, config: LaunchConfig, model: DeepGen, state: TrainState) -> nn.Module:
     """The module whose forward pass trains. With fsdp2 that is `model` itself: its parameters, and all that `state` holds of them, are
     shards from here on. The autoencoder, which is used outside of the forward pass, stays whole on every rank."""
+    if config.compile:
+        compile_blocks(model)
     if config.strategy != "fsdp2":
         return accelerator.prepare_model(model)
     plugin = read_plugin("fsdp2")
@@ -56,6 +58,12 @@ def spread(accelerator: Accelerator, config: LaunchConfig, model: DeepGen, state
         state.ema.parameters = state.trained
         state.ema.average = {name: shard(value, after[name]) for name, value in state.ema.average.items()}
     return model
+
+
+def compile_blocks(model: DeepGen) -> None:
+    """Let torch.compile have the blocks that train, each by itself: blocks of one kind are compiled once, and names stay."""
+    for block in (*model.dit.transformer_blocks, *model.connector.connector.layers):
+        block.compile()
 
 
 def _move_optimizer(optimizer: torch.optim.Optimizer, shards: dict[nn.Parameter, nn.Parameter]) -> None:

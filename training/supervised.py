@@ -112,7 +112,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     checkpoints = Checkpoints(run.folder, config.checkpoint_every, config.keep_checkpoints)
     if checkpoints.restore(state):
         print(f"{stage}: going on from step {state.step}", flush=True)
-    micro_batches = config.batch_size // (config.micro_batch_size * accelerator.num_processes)
+    micro_batches = config.accumulation(accelerator.num_processes)
     shards = run.root / "outputs" / "shards"
     global_micro_batch = config.micro_batch_size * accelerator.num_processes
     loader = Loader(

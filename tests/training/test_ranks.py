@@ -15,7 +15,7 @@ from runtime.files import read_json
 from training.checkpoint import read_checkpoint
 from training.config import LaunchConfig
 from training.latents import run_latents
-from training.launch import StrategyMissing, build_accelerator
+from training.launch import LaunchRefused, build_accelerator
 from training.sharding import read_plugin
 from training.supervised import load_parent, run_supervised
 
@@ -165,8 +165,14 @@ def test_every_layer_that_is_cut_by_name_is_in_the_model(built: Path):
 
 def test_zero2_without_deepspeed_is_refused_by_name():
     config = LaunchConfig(processes=2, strategy="zero2")
-    with pytest.raises(StrategyMissing, match=r"zero2 needs the package deepspeed\. fsdp2 with `reshard_after_forward: false`"):
+    with pytest.raises(LaunchRefused, match=r"zero2 needs the package deepspeed\. fsdp2 with `reshard_after_forward: false`"):
         build_accelerator(config)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(LaunchRefused, match="needs a C\\+\\+ compiler, and 'no-such-compiler' is not found"):
+        build_accelerator(LaunchConfig(compile=True))
 
 
 def test_shards_of_one_rank_are_refused():
