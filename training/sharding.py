@@ -46,7 +46,8 @@ def spread(accelerator: Accelerator, config: LaunchConfig, model: DeepGen, state
     }
     before = dict(state.trained)
     if config.precision == "bf16":  # as accelerate does: autocast, so that sigmas and sums stay float32
-        model.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward))
+        computed = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
+        model.forward = convert_outputs_to_fp32(computed)  # type: ignore[method-assign]
     for module in reversed(list(model.modules())):
         if type(module).__name__ in plugin.transformer_cls_names_to_wrap:
             fully_shard(module, **settings)
@@ -66,9 +67,9 @@ def compile_blocks(model: DeepGen) -> None:
         block.compile()
 
 
-def _move_optimizer(optimizer: torch.optim.Optimizer, shards: dict[nn.Parameter, nn.Parameter]) -> None:
+def _move_optimizer(optimizer: torch.optim.Optimizer, shards: dict[Any, nn.Parameter]) -> None:
     """Let an optimizer step the shards of its parameters, with shards of their moments."""
-    moments = {
+    moments: dict[Tensor, Any] = {
         shards[old]: {slot: shard(value, shards[old]) if value.ndim else value for slot, value in slots.items()}
         for old, slots in optimizer.state.items()
     }
