@@ -61,10 +61,10 @@ def spread(accelerator: Accelerator, config: LaunchConfig, model: DeepGen, state
     return model
 
 
-def compile_blocks(model: DeepGen) -> None:
+def compile_blocks(model: DeepGen, backend: str = "inductor") -> None:
     """Let torch.compile have the blocks that train, each by itself: blocks of one kind are compiled once, and names stay."""
     for block in (*model.dit.transformer_blocks, *model.connector.connector.layers):
-        block.compile()
+        block.compile(backend=backend)
 
 
 def _move_optimizer(optimizer: torch.optim.Optimizer, shards: dict[Any, nn.Parameter]) -> None:
