@@ -27,6 +27,7 @@ def step(dit: Any, encoder: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return velocity.detach(), {name: p.grad for part in (dit, encoder) for name, p in part.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_blocks_are_captured_whole_and_have_the_velocity_and_gradients_of_plain_ones():
     torch.manual_seed(0)
     config = ModelConfig.model_validate(nano_params()["model"])
