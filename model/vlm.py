@@ -143,6 +143,8 @@ def prepare_prompts(
     images = [image for row in references for image in row]
     if images and image_embeds is None:
         image_embeds = torch.cat(encode_references(vlm, images))
+    given, wanted = (0 if image_embeds is None else len(image_embeds)), sum(image_token_count(vlm, *image.shape[-2:]) for image in images)
+    assert given == wanted, f"{given} image tokens for {len(images)} references of {wanted}"
     return PromptBatch(ids, real, lengths, _position_ids(vlm, ids, real, images, think_tokens, left), image_embeds, left)
 
 

@@ -50,6 +50,8 @@ def test_what_the_vision_tower_saw_is_read_and_it_is_not_run(project, edit_param
     edit_params(project, lambda params: params["sft"].update(reference_dropout=blind, lora=None))
     with begin(project, "latents") as run:
         model = load_parent(run, "alignment")
+        for head in (model.connector.projector_2, model.connector.projector_3):
+            torch.nn.init.normal_(head.weight, std=0.5)  # fresh ones are zero, and then no condition matters
         mixture = read_json(project / "outputs" / "mixture" / "sft.json")
         images, cached = (Loader(mixture, project / "outputs" / "shards", 4, latents=folder) for folder in (None, latents))
         pairs = [pair for pair in islice(zip(images, cached, strict=True), 4) if pair[0].task == "image_edit"]
