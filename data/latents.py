@@ -2,6 +2,7 @@
 
 `{key}.tgt.npy` is (2, C, h, w), the posterior's mean and standard deviation; `{key}.src.0.npy` and so on are (C, h, w), the mean alone:
 a target is sampled anew each time that it is read, a reference never. All are as the autoencoder gives them, neither shifted nor scaled.
+Where they were asked for, `{key}.src.0.vit.npy` and so on are (tokens, V), what the VLM's vision tower makes of a reference.
 """
 
 import io
@@ -18,11 +19,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Latents:
-    """Of one sample, mean and std (C, h, w), references k arrays (C, h, w); of a batch, each with B in front. float16 or float32."""
+    """Of one sample, mean and std (C, h, w), references k arrays (C, h, w), vision k arrays (tokens, V) or none; of a batch, each with B in
+    front. float16 or float32."""
 
     mean: np.ndarray
     std: np.ndarray
     references: tuple[np.ndarray, ...]
+    vision: tuple[np.ndarray, ...] = ()
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -32,6 +35,7 @@ class Latents:
 def latent_members(key: str, latents: Latents) -> list[tuple[str, bytes]]:
     """The tar members of a sample."""
     arrays = {"tgt": np.stack([latents.mean, latents.std])} | {f"src.{i}": mean for i, mean in enumerate(latents.references)}
+    arrays |= {f"src.{i}.vit": tokens for i, tokens in enumerate(latents.vision)}
     return [(f"{key}.{role}.npy", _npy(array)) for role, array in arrays.items()]
 
 
@@ -48,18 +52,22 @@ def parse_latents(content: bytes, name: str, key: str) -> Latents:
         ShardMismatch: naming `name`, where the bytes are another sample's, or no sample's.
     """
     arrays = {member: np.load(io.BytesIO(array), allow_pickle=False) for member, array in split_members(content, name).items()}
-    wanted = [f"{key}.tgt.npy", *(f"{key}.src.{i}.npy" for i in range(len(arrays) - 1))]
+    seen = sum(member.endswith(".vit.npy") for member in arrays)  # none, or one a reference
+    count = seen or len(arrays) - 1
+    wanted = [f"{key}.{role}.npy" for role in ("tgt", *(f"src.{i}" for i in range(count)), *(f"src.{i}.vit" for i in range(seen)))]
     if list(arrays) != wanted:
         raise ShardMismatch(f"{name}: holds {list(arrays)}, expected {wanted}. Make it again with `dvc repro -f latents`.")
     target, *references = arrays.values()
-    return Latents(target[0], target[1], tuple(references))
+    return Latents(target[0], target[1], tuple(references[:count]), tuple(references[count:]))
 
 
 def stack_latents(samples: Sequence[Latents]) -> Latents:
     """A batch of samples of one size."""
-    references = zip(*(sample.references for sample in samples), strict=True)
-    stacked = tuple(np.stack(means) for means in references)
-    return Latents(np.stack([sample.mean for sample in samples]), np.stack([sample.std for sample in samples]), stacked)
+    references, vision = (
+        tuple(np.stack(column) for column in zip(*rows, strict=True))
+        for rows in ([sample.references for sample in samples], [sample.vision for sample in samples])
+    )
+    return Latents(np.stack([sample.mean for sample in samples]), np.stack([sample.std for sample in samples]), references, vision)
 
 
 def check_latents(sample: dict[str, Any]) -> None:

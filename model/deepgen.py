@@ -93,8 +93,9 @@ class DeepGen(nn.Module):
             return self.timestep_shift
         return resolution_shift(size[0] * size[1] // self.dit.config.patch_size**2, **self.resolution_shift.model_dump())
 
-    def encode_condition(self, prompts: Sequence[str], reference_images: References = ()) -> Condition:
-        """Prompts and reference images in [-1, 1] -> Condition.
+    def encode_condition(self, prompts: Sequence[str], reference_images: References = (), reference_tokens: References = ()) -> Condition:
+        """Prompts and reference images in [-1, 1] -> Condition. reference_tokens, if given, are (tokens, V) of each image, as the vision
+        tower makes them: it is not run, and of the images only their sizes matter.
 
         With padding `masked` a row's condition depends on that row alone: padding is masked in VLM, connector, mean and DiT.
         With `reference` padding stands on the left and is read as if it were prompt, as the published weights were trained.
@@ -106,14 +107,18 @@ class DeepGen(nn.Module):
             )
             for prompt, images in zip(prompts, by_row, strict=True)
         ]
-        return self.encode_tokens(tokens, by_row)
+        seen = [image for row in rows_of(reference_tokens, len(prompts)) for image in row]
+        return self.encode_tokens(tokens, by_row, torch.cat(seen) if seen else None)
 
-    def encode_tokens(self, tokens: list[list[int]], reference_images: Sequence[Sequence[Tensor]]) -> Condition:
-        """Token ids of each row's chat turn, and its images (3, H, W) -> Condition."""
+    def encode_tokens(
+        self, tokens: list[list[int]], reference_images: Sequence[Sequence[Tensor]], image_embeds: Tensor | None = None
+    ) -> Condition:
+        """Token ids of each row's chat turn, and its images (3, H, W), or these as (all image tokens, V) too -> Condition."""
         bring(self.vlm)
         think_tokens, config = self.connector.think_tokens.to(self.vlm.device), self.connector.config
         released = config.padding == "reference"
-        batch = qwen.prepare_prompts(self.vlm, tokens, reference_images, len(think_tokens), self.tokenizer.pad_token_id, left=released)
+        pad = self.tokenizer.pad_token_id
+        batch = qwen.prepare_prompts(self.vlm, tokens, reference_images, len(think_tokens), pad, released, image_embeds)
         states, mask = qwen.stacked_hidden_states(self.vlm, batch, think_tokens, tuple(config.stacked_layers), self.train_vlm)
         if released:
             mask = torch.ones_like(mask)
@@ -146,11 +151,12 @@ class DeepGen(nn.Module):
         prompts: Sequence[str] | None = None,
         reference_images: References = (),
         condition: Condition | None = None,
+        reference_tokens: References = (),
     ) -> Tensor:
         """Velocity, from prompts or from a condition computed before. Training calls this, so that wrappers see every gradient."""
         if condition is None:
             assert prompts is not None, "forward needs prompts or a condition"
-            condition = self.encode_condition(prompts, reference_images)
+            condition = self.encode_condition(prompts, reference_images, reference_tokens)
         return self.predict_velocity(latents, sigmas, condition, reference_latents)
 
 

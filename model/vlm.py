@@ -122,6 +122,7 @@ def prepare_prompts(
     think_tokens: int,
     pad_id: int,
     left: bool = False,
+    image_embeds: Tensor | None = None,
 ) -> PromptBatch:
     """Pad token rows to one length and give every position, think tokens included, its place in M-RoPE.
 
@@ -130,6 +131,7 @@ def prepare_prompts(
         references: the images (3, H, W) of each row, any number, of any sizes.
         left: pad on the left, as released.
         pad_id: the token that fills; it is seen only by what the released padding lets leak.
+        image_embeds: (all image tokens, V) if `encode_references` was called before; None calls it.
     """
     device = vlm.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -139,8 +141,11 @@ def prepare_prompts(
     real = places >= (longest - lengths)[:, None] if left else places < lengths[:, None]
     ids[real] = torch.tensor([token for row in rows for token in row], device=device)
     images = [image for row in references for image in row]
-    embeds = torch.cat(encode_references(vlm, images)) if images else None
-    return PromptBatch(ids, real, lengths, _position_ids(vlm, ids, real, images, think_tokens, left), embeds, left)
+    if images and image_embeds is None:
+        image_embeds = torch.cat(encode_references(vlm, images))
+    given, wanted = (0 if image_embeds is None else len(image_embeds)), sum(image_token_count(vlm, *image.shape[-2:]) for image in images)
+    assert given == wanted, f"{given} image tokens for {len(images)} references of {wanted}"
+    return PromptBatch(ids, real, lengths, _position_ids(vlm, ids, real, images, think_tokens, left), image_embeds, left)
 
 
 def _position_ids(

@@ -83,9 +83,11 @@ class Params(Settings):
             cycle = sum(self.mixture[stage].ratio.values())  # type: ignore[index]
             unit = section.micro_batch_size * self.launch.processes * cycle
             if section.batch_size % unit:
+                below = section.batch_size // unit * unit
                 raise ValueError(
                     f"{stage}.batch_size: {section.batch_size} must be a multiple of {unit} (micro_batch_size {section.micro_batch_size} "
-                    f"x launch.processes {self.launch.processes} x mixture ratio sum {cycle}), so that every step sees the exact ratio"
+                    f"x launch.processes {self.launch.processes} x mixture ratio sum {cycle}), so that every step sees the exact ratio; "
+                    f"nearest: {', '.join(str(size) for size in (below, below + unit) if size)}"
                 )
         images = self.mr_grpo.prompts_per_step * self.mr_grpo.group_size
         if images % (self.mr_grpo.micro_batch_size * self.launch.processes):

@@ -24,7 +24,7 @@ from runtime.files import fsync_folder, fsync_tree, read_json, sha256_file, writ
 from runtime.stage import rank
 from training.optim import EMA
 from training.randomness import global_generators, restore_global_generators, seed_global_generators
-from training.ranks import from_every_rank, from_first_rank
+from training.ranks import from_every_rank, from_first_rank, shard
 
 FORMAT = 2
 MARGIN = 1.1  # free space asked for, over the bytes of a checkpoint
@@ -89,7 +89,7 @@ class TrainState:
             raise CheckpointCorrupt(f"weights: {odd[:5]} have another shape than the model's")
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(shard(weights[name], parameter))
         current = self.optimizer.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors["optimizer"].items():
@@ -97,9 +97,11 @@ class TrainState:
             state.setdefault(int(index), {})[slot] = value
         current["state"] = state
         self.optimizer.load_state_dict(current)
+        for parameter, slots in self.optimizer.state.items():
+            self.optimizer.state[parameter] = {slot: shard(value, parameter) for slot, value in slots.items()}
         if self.ema is not None:
             for name, value in tensors["ema"].items():
-                self.ema.average[name].copy_(value)
+                self.ema.average[name].copy_(shard(value, self.ema.average[name]))
             self.ema.updates = facts["ema_updates"]
         self.step, self.data, self.history, self.guard = facts["step"], facts["data"], facts["history"], facts["guard"]
         mine = {key.partition(".")[2]: value for key, value in tensors["random"].items() if key.partition(".")[0] == str(rank())}

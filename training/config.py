@@ -8,11 +8,12 @@ from runtime.settings import Settings
 
 
 class LatentsConfig(Settings):
-    """Parts whose images are encoded once by the frozen autoencoder, so that alignment and SFT need not."""
+    """Parts whose images are encoded once by the frozen autoencoder, and vision tower, so that alignment and SFT need not."""
 
     parts: tuple[str, ...] = Field((), description="of data.parts; a micro-batch skips the autoencoder where all of its parts are named")
     precision: Literal["float16", "float32"] = Field("float16", description="of what is stored; float32 is twice the bytes")
     batch_size: PositiveInt = Field(32, description="images encoded at a time")
+    vision: bool = Field(False, description="store what the VLM's frozen vision tower makes of references too, so that it isn't run either")
 
 
 class OptimizerConfig(Settings):
@@ -85,6 +86,10 @@ class SupervisedConfig(Settings):
             raise ValueError("early_stop: set, but validate_every is 0; allowed: null, or a validate_every above 0")
         return self
 
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches of an optimizer step on each of `ranks`; that they come out even is checked with the whole of params.yaml."""
+        return self.batch_size // (self.micro_batch_size * ranks)
+
 
 class SFTConfig(SupervisedConfig):
     """Stage 2 (paper section 3.2)."""
@@ -148,6 +153,19 @@ class LaunchConfig(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     hang_seconds: NonNegativeFloat = Field(1800, description="a rank without a step for so long leaves its stacks and ends; 0: never")
+    strategy: Literal["ddp", "fsdp2", "zero2"] = Field(
+        "ddp",
+        description="how alignment and sft lie on several ranks: a copy on each, or shards, as training/accelerate/ says; mr_grpo copies",
+    )
+    compile: bool = Field(
+        False, description="torch.compile the blocks of DiT and connector in alignment and sft; a CPU needs a C++ compiler"
+    )
+
+    @model_validator(mode="after")
+    def _shards_need_ranks(self) -> Self:
+        if self.strategy != "ddp" and self.processes == 1:
+            raise ValueError(f"strategy: {self.strategy} spreads a model over ranks, and launch.processes is 1; allowed: ddp")
+        return self
 
 
 class VLMTrainingConfig(Settings):

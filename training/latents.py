@@ -1,4 +1,4 @@
-"""Optional: the named parts' images as latents of the frozen autoencoder, encoded once, so that alignment and SFT skip it."""
+"""Optional: the named parts' images as the frozen autoencoder and vision tower make of them, so that alignment and SFT skip both."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,8 @@ from data.loader import Part, Sample
 from data.pictures import save_samples
 from data.shards import finished_shard, index_of, save_index, write_shard
 from model.vae import AnyAutoencoder, posterior_of, to_uint8
-from model.weights import load_vae
+from model.vlm import encode_references
+from model.weights import load_vae, load_vlm
 from runtime.exits import Interrupted
 from runtime.files import sha256_file, sha256_json, sha256_path, write_json
 from runtime.progress import Progress
@@ -38,17 +39,23 @@ def run_latents(run: StageRun) -> None:
     source = run.root / "outputs" / "foundation" / "model" / "vae"
     vae = load_vae(source, torch.float32).to(accelerator.device).eval()
     plan = {"format": FORMAT, "vae": sha256_path(source)} | config.model_dump(mode="json", exclude={"parts"})
+    vlm = None
+    if config.vision and config.parts:
+        vlm = load_vlm(source.with_name("vlm"), torch.float32).to(accelerator.device).eval()
+        plan["vlm"] = sha256_path(source.with_name("vlm"))
     parts = {name: Part(run.root / "outputs" / "shards" / name) for name in config.parts}
     for name, part in parts.items():
-        encode_part(run, part, run.folder / "latents" / name, vae, plan, accelerator)
+        encode_part(run, part, run.folder / "latents" / name, vae, plan, accelerator, vlm)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         publish_latents(run, parts, vae, plan)
     accelerator.wait_for_everyone()
 
 
-def encode_part(run: StageRun, part: Part, folder: Path, vae: AnyAutoencoder, plan: dict[str, Any], accelerator: Accelerator) -> None:
-    """This rank's shards of a part, each with its receipt.
+def encode_part(
+    run: StageRun, part: Part, folder: Path, vae: AnyAutoencoder, plan: dict[str, Any], accelerator: Accelerator, vlm: Any = None
+) -> None:
+    """This rank's shards of a part, each with its receipt; with a VLM, what its vision tower makes of references too.
 
     Raises:
         Interrupted: asked to stop; what is whole stays.
@@ -64,7 +71,7 @@ def encode_part(run: StageRun, part: Part, folder: Path, vae: AnyAutoencoder, pl
             digest = shard_plan(plan, shard)
             if finished_shard(folder, shard["name"], digest) is None:
                 rows = np.flatnonzero(part.index["shard"] == number).tolist()
-                encoded = encode(vae, (part[row] for row in rows), run.params.latents)
+                encoded = encode(vae, vlm, (part[row] for row in rows), run.params.latents)
                 samples = (latent_members(sample.key, latents) for sample, latents in encoded)
                 write_shard(folder, shard["name"], digest, samples, check_latents)
             progress.update(shard["samples"])
@@ -76,7 +83,7 @@ def shard_plan(plan: dict[str, Any], shard: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def encode(vae: AnyAutoencoder, samples: Iterator[Sample], config: LatentsConfig) -> Iterator[tuple[Sample, Latents]]:
+def encode(vae: AnyAutoencoder, vlm: Any, samples: Iterator[Sample], config: LatentsConfig) -> Iterator[tuple[Sample, Latents]]:
     """Each sample with its latents, in order."""
 
     def stored(latents: Tensor) -> np.ndarray:
@@ -84,9 +91,11 @@ def encode(vae: AnyAutoencoder, samples: Iterator[Sample], config: LatentsConfig
 
     for batch in one_size_batches(samples, config.batch_size):
         mean, std = (stored(latents) for latents in posterior_of(vae, stack_pixels([sample.target for sample in batch], vae.device)))
-        references = [stored(posterior_of(vae, pixels)[0]) for pixels in reference_pixels(batch, vae.device)]
+        pixels = reference_pixels(batch, vae.device)
+        references = [stored(posterior_of(vae, images)[0]) for images in pixels]
+        vision = [] if vlm is None else [stored(torch.stack(encode_references(vlm, list(images)))) for images in pixels]
         for i, sample in enumerate(batch):
-            yield sample, Latents(mean[i], std[i], tuple(means[i] for means in references))
+            yield sample, Latents(mean[i], std[i], tuple(means[i] for means in references), tuple(tokens[i] for tokens in vision))
 
 
 def publish_latents(run: StageRun, parts: dict[str, Part], vae: AnyAutoencoder, plan: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from typing import Any, TypeVar
 
-from torch import distributed
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.exits import Plain
 
@@ -34,6 +35,18 @@ def from_first_rank(value: T) -> T:
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def shard(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank holds whole, cut as `like` is; a number, or beside a whole tensor, all of it."""
+    if not isinstance(like, DTensor) or value.ndim == 0:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor put together from its shards, on every rank; all ranks must ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -32,6 +32,8 @@ from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
 from training.publish import publish_stage, remember_start
 from training.randomness import coin_flips, generator, quantiles, sample_noise
+from training.ranks import whole
+from training.sharding import gathered, spread
 from training.stages import freeze_for, parent_of
 from training.tracking import Tracker, track
 from training.validation import Validation
@@ -49,6 +51,8 @@ def run_supervised(run: StageRun, stage: str) -> None:
         state = train(run, stage, accelerator, model, trained, tracker)
         if state.ema is not None:
             state.ema.copy_to_parameters()
+        if run.params.launch.strategy == "fsdp2":
+            model = reassembled(run, stage, state)
         merge_lora(model)
         if rank() == 0:
             publish_stage(run, stage, model, state.history, tracker)
@@ -66,6 +70,16 @@ def load_parent(run: StageRun, stage: str) -> DeepGen:
         refuse_other_settings(model, run.params.model, folder)
         return model
     return load_foundation(folder / "model", run.params.model)
+
+
+def reassembled(run: StageRun, stage: str, state: TrainState) -> DeepGen:
+    """The model that was trained in shards, whole again on every rank."""
+    model = load_parent(run, stage)
+    trained = freeze_for(model, stage, getattr(run.params, stage).lora)
+    with torch.no_grad():
+        for name, parameter in gathered(state).trained.items():
+            trained[name].copy_(parameter)
+    return model
 
 
 def refuse_other_settings(model: DeepGen, config: ModelConfig, folder: Path) -> None:
@@ -99,7 +113,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     if checkpoints.restore(state):
         print(f"{stage}: going on from step {state.step}", flush=True)
     guard = Guard(config.guard, stage, run.folder, accelerator, state, checkpoints)
-    micro_batches = config.batch_size // (config.micro_batch_size * accelerator.num_processes)
+    micro_batches = config.accumulation(accelerator.num_processes)
     shards = run.root / "outputs" / "shards"
     global_micro_batch = config.micro_batch_size * accelerator.num_processes
     loader = Loader(
@@ -114,7 +128,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     if state.data:
         loader.restore(state.data)
     batches = iter(loader)
-    wrapped = accelerator.prepare_model(model)
+    wrapped = spread(accelerator, run.params.launch, model, state)
     model.train()
     curves = Curves(accelerator, model, config, stage)
     validation = Validation(run, config, accelerator, model, state, tracker)
@@ -135,8 +149,8 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 losses[batch.task].append(loss_B.detach().mean())
                 guard.see(batch, loss_B)
                 curves.add(batch, loss_B)
-            curve = curves.row(state.step + 1, trained)
-            norm = accelerator.clip_grad_norm_(trained.values(), config.optimizer.max_grad_norm)
+            curve = curves.row(state.step + 1, state.trained)
+            norm = whole(accelerator.clip_grad_norm_(state.trained.values(), config.optimizer.max_grad_norm))
             means = {task: accelerator.reduce(torch.stack(values).mean(), "mean").item() for task, values in losses.items()}
             loss = sum(means[task] * len(values) for task, values in losses.items()) / micro_batches
             rate = set_learning_rate(optimizer, state.step, config.steps, config.optimizer)
@@ -162,7 +176,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
             stopped = agreed(accelerator, bool(run.stop)) and not done
             if checkpoints.due(state.step) or stopped or done:
                 tracker.flush()  # a resumed process does not log these steps again
-                checkpoints.save(state)
+                checkpoints.save(gathered(state))
                 tracker.checkpoints(checkpoints.steps(), state.history)
     if stopped:
         raise Interrupted(
@@ -213,5 +227,13 @@ def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: S
     blind = coin_flips(config.reference_dropout, "reference_dropout", config.seed, stage, positions) if references else []
     images = without(references, blind)
     reference_latents = without(tuple(scale_latents(model.vae, mean) for mean in reference_means), blind)
-    velocity = wrapped(interpolate(target, noise, sigmas), sigmas, reference_latents, prompts=prompts, reference_images=images)
+    seen = () if batch.latents is None else tuple(torch.from_numpy(tokens).to(model.device) for tokens in batch.latents.vision)
+    velocity = wrapped(
+        interpolate(target, noise, sigmas),
+        sigmas,
+        reference_latents,
+        prompts=prompts,
+        reference_images=images,
+        reference_tokens=without(seen, blind) if seen else (),
+    )
     return flow_matching_loss(velocity, velocity_target(target, noise))

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data.latents import Latents, check_latents, latent_members, parse_latents
+from data.latents import Latents, check_latents, latent_members, parse_latents, stack_latents
 from data.loader import Loader, Part, open_latents
 from data.shards import ShardMismatch, index_of, save_index, write_shard
 from runtime.files import sha256_file, write_json
@@ -49,6 +49,24 @@ def test_a_sample_comes_back_from_its_members_as_it_went_in(tmp_path):
     back = parse_latents((tmp_path / receipt.name).read_bytes()[: receipt.spans[0][1]], "row 0", "0a")
     for a, b in zip(back.arrays, latents.arrays, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_what_the_vision_tower_saw_comes_back_beside_its_reference(tmp_path):
+    latents = replace(made_up(3, 2), vision=tuple(np.full((5, 16), i, np.float16) for i in range(2)))
+    members = latent_members("0a", latents)
+    assert [name for name, _ in members][3:] == ["0a.src.0.vit.npy", "0a.src.1.vit.npy"]
+    receipt = write_shard(tmp_path, "shard-000000.tar", "plan", [members], check_latents)
+    content = (tmp_path / receipt.name).read_bytes()[: receipt.spans[0][1]]
+    back = stack_latents([parse_latents(content, "row 0", "0a")] * 3)
+    assert len(back.references) == 2 and [tokens.shape for tokens in back.vision] == [(3, 5, 16)] * 2
+    assert back.vision[1][2, 4, 15] == 1 and back.references[1].shape == (3, 4, 8, 8)
+
+
+def test_one_reference_of_two_without_what_the_vision_tower_saw_is_refused(tmp_path):
+    latents = replace(made_up(3, 2), vision=(np.zeros((5, 16), np.float16),))
+    receipt = write_shard(tmp_path, "shard-000000.tar", "plan", [latent_members("0a", latents)], check_latents)
+    with pytest.raises(ShardMismatch, match="row 0: holds "):
+        parse_latents((tmp_path / receipt.name).read_bytes()[: receipt.spans[0][1]], "row 0", "0a")
 
 
 def test_batches_read_from_latents_are_those_of_the_same_samples(mixture, shards, latents):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.params import ParamsError, load_params, parse_params
+from runtime.params import ParamsError, check_params, load_params, parse_params
 
 REPO = Path(__file__).parents[2]
 PRESETS = ["smoke", "tiny", "small", "h200", "deepgen-5b"]
@@ -47,7 +47,7 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
             r"mixture\.alignment\.parts: names 'drwn', which data\.parts lacks; allowed: \['drawn_",
         ),
         ("[6, 5, 4", "[9, 5, 4", r"model\.vlm\.stacked_layers: \[9\] lie beyond this VLM of 6 layers; allowed: 0\.\.6"),
-        ("batch_size: 64", "batch_size: 65", r"alignment\.batch_size: 65 must be a multiple of 64"),
+        ("batch_size: 64", "batch_size: 65", r"alignment\.batch_size: 65 must be a multiple of 64 .* nearest: 64, 128"),
         ("stochastic_steps: 3", "stochastic_steps: 8", r"mr_grpo\.stochastic_steps: 8 of 8 rollout_steps; allowed: 1\.\.7"),
         ("licence: CC0-1.0", 'licence: ""', r"data\.parts\.drawn_text_to_image\.licence: '' given"),
         ("weight_decay: 0.0,", "weight_decay: .nan,", r"alignment\.optimizer\.weight_decay: nan given"),
@@ -56,6 +56,24 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
 def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, old: str, new: str, message: str):
     with pytest.raises(ParamsError, match=message):
         load_params(changed(tmp_path, old, new))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro", [1, 2, 3, 8])
+def test_accumulation_makes_up_the_batch_for_any_ranks_and_micro_batch_or_is_refused(ranks: int, micro: int):
+    values = parse_params((REPO / "presets" / "tiny.yaml").read_text())
+    values["mr_grpo"] |= {"group_size": 12, "micro_batch_size": 1}
+    values["sft"] |= {"batch_size": 2 * ranks, "micro_batch_size": 1}
+    values["launch"]["processes"] = ranks
+    for size in (2, 6, 16, 24, 40, 48, 192):
+        values["alignment"] |= {"batch_size": size, "micro_batch_size": micro}
+        unit = micro * ranks * 2  # as many micro-batches of each task
+        if size % unit:
+            nearest = ", ".join(str(n * unit) for n in (size // unit, size // unit + 1) if n)
+            with pytest.raises(ParamsError, match=rf"alignment\.batch_size: {size} must be a multiple of {unit} .* nearest: {nearest}\n"):
+                check_params(values)
+        else:
+            assert check_params(values).alignment.accumulation(ranks) * micro * ranks == size
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path):

@@ -43,6 +43,33 @@ def test_losses_from_latents_are_those_from_images(project, edit_params, precisi
         assert tasks == {"image_edit", "text_to_image"}
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
+@pytest.mark.parametrize("blind", [0.0, 0.5])
+def test_what_the_vision_tower_saw_is_read_and_it_is_not_run(project, edit_params, monkeypatch, precision, tolerance, blind):
+    latents = make(project, edit_params, precision=precision, vision=True)
+    edit_params(project, lambda params: params["sft"].update(reference_dropout=blind, lora=None))
+    with begin(project, "latents") as run:
+        model = load_parent(run, "alignment")
+        for head in (model.connector.projector_2, model.connector.projector_3):
+            torch.nn.init.normal_(head.weight, std=0.5)  # fresh ones are zero, and then no condition matters
+        mixture = read_json(project / "outputs" / "mixture" / "sft.json")
+        images, cached = (Loader(mixture, project / "outputs" / "shards", 4, latents=folder) for folder in (None, latents))
+        pairs = [pair for pair in islice(zip(images, cached, strict=True), 4) if pair[0].task == "image_edit"]
+        config = run.params.sft
+        expected = [batch_loss(model, model, batch, config, "sft") for batch, _ in pairs]
+
+        def run_anyway(*arguments, **settings):
+            raise AssertionError("the vision tower was run")
+
+        monkeypatch.setattr(model.vlm.model.visual, "forward", run_anyway)
+        for (_, batch), loss in zip(pairs, expected, strict=True):
+            assert batch.latents.vision[0].dtype == precision
+            torch.testing.assert_close(batch_loss(model, model, batch, config, "sft"), loss, rtol=tolerance, atol=0)
+        with pytest.raises(AssertionError, match="the vision tower was run"):
+            for batch, _ in pairs:
+                batch_loss(model, model, batch, config, "sft")
+
+
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(project, edit_params):
     whole = sha256_path(make(project, edit_params))
     (project / "outputs" / "latents").rename(project / "first")
