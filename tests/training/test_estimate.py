@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.flops import Flops, decode_forward, dit_forward, encode_forward, image_tokens, mfu, total
+from model.flops import Flops, decode_forward, dit_forward, encode_forward, image_tokens, mfu, total, vision_forward
+from model.vlm import encode_references
 from runtime.params import Params, check_params, load_params
 from training.estimate import (
     GPUS,
@@ -90,6 +91,13 @@ def test_the_autoencoder_is_what_torch_counts(preset: str):
     with torch.no_grad():
         assert counted(lambda: vae.encode(pixels)) == encode_forward(params.model.vae, side)
         assert counted(lambda: vae.decode(latents)) == decode_forward(params.model.vae, side)
+
+
+@pytest.mark.parametrize("side", [64, 256, 320])
+def test_the_vision_tower_in_whole_and_cut_windows_is_what_torch_counts(nano: Params, side: int):
+    vlm, image = build_fresh(nano, CPU).vlm, torch.zeros(3, side, side)
+    expected = vision_forward(nano.model.vlm.vision, nano.model.vlm.hidden_size, side)
+    assert counted(lambda: encode_references(vlm, [image])) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", ["alignment", "sft"])
