@@ -172,6 +172,36 @@ def rollback() -> None:
     typer.echo(roll_back(root, load_params(root / "params.yaml")).message)
 
 
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what may go, and stop.")] = False,
+    keep_days: Annotated[float, typer.Option(min=0.0, help="Younger run folders and artifacts stay.")] = 30.0,
+    with_dvc: Annotated[bool, typer.Option("--dvc", help="DVC's cache as well: what the present dvc.lock does not name.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+) -> None:
+    """Free disk: old runs and checkpoints, leftovers. Never what is registered, recorded in dvc.lock or running."""
+    from orchestration.dvc import DvcCommand
+    from orchestration.gc import describe, find_garbage, remove_garbage, shown_size
+    from runtime.params import load_params
+
+    root = _root()
+    params = load_params(root / "params.yaml")
+    found = find_garbage(root, params, keep_days)
+    for line in describe(root, found):
+        typer.echo(line)
+    if with_dvc:
+        typer.echo("DVC's cache:\n" + DvcCommand(root).collect_garbage(dry=True).strip())
+    if dry_run or not (found or with_dvc):
+        return
+    if not yes and not typer.confirm("Remove it for good?"):
+        typer.echo("nothing was removed")
+        return
+    removed = remove_garbage(root, params, found)
+    typer.echo(f"removed {len(removed)} of {len(found)} places, {shown_size(sum(item.size for item in removed))}")
+    if with_dvc:
+        typer.echo(DvcCommand(root).collect_garbage(dry=False).strip())
+
+
 @app.command("start-from")
 def start_from(start: Annotated[str, typer.Argument(help="champion or alignment.")]) -> None:
     """Say whose weights SFT begins with; `champion` keeps a copy of them under outputs/champion."""

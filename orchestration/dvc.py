@@ -81,6 +81,10 @@ class DvcCommand:
             raise DvcError(f"dvc.lock holds no output of {stage.name}: record it with `dvc repro {stage.name}` or `deepgen run`.")
         return md5
 
+    def collect_garbage(self, dry: bool) -> str:
+        """Drop objects from the cache that neither the workspace nor dvc.lock names, or with `dry` only tell of them; DVC's own words."""
+        return self._run("gc", "--workspace", "--force", *(["--dry"] if dry else []))
+
     def recorded(self) -> dict[str, str]:
         """Stage name -> content hash of its first output, for every stage in dvc.lock."""
         path = self.root / "dvc.lock"

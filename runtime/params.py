@@ -11,6 +11,7 @@ from pydantic import ValidationError, model_validator
 from data.config import DataConfig, MixtureConfig
 from model.config import FoundationConfig, ModelConfig
 from orchestration.config import GatesConfig, RegistryConfig, RetrainConfig
+from runtime.config import NoticesConfig
 from runtime.settings import Settings
 from training.config import EvaluationConfig, LatentsConfig, LaunchConfig, MRGRPOConfig, SFTConfig, SupervisedConfig
 
@@ -39,6 +40,7 @@ class Params(Settings):
     gates: GatesConfig
     registry: RegistryConfig
     retrain: RetrainConfig
+    notices: NoticesConfig
 
     @model_validator(mode="after")
     def _parts_exist(self) -> Self:

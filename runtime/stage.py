@@ -15,7 +15,8 @@ from typing import IO, Any
 
 from runtime import exits
 from runtime.files import publish_folder, sha256_file, sha256_json, sha256_path, sweep_stale, write_json
-from runtime.params import Params, ParamsError, check_params, parse_params
+from runtime.notices import told
+from runtime.params import STAGES, Params, ParamsError, check_params, parse_params
 from runtime.recipe import Stage, load_stages, look_up
 
 CHAMPION = "outputs/champion"  # a copy of registered weights that SFT may start from; no stage makes it
@@ -155,8 +156,9 @@ def begin_stage(root: Path, name: str, stop: exits.StopRequest) -> Iterator[Stag
     folder, lock = open_run_folder(root, stages[name], digests, locked=rank() == 0)
     with lock:
         run = StageRun(root, stages[name], params, values, digests, folder, stop)
-        yield run
-        run.check_unchanged()
+        with told(root, name, folder, params.notices, on_finish=name in STAGES) if rank() == 0 else contextlib.nullcontext():
+            yield run
+            run.check_unchanged()
 
 
 @contextlib.contextmanager

@@ -1,9 +1,16 @@
-"""python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export: the stages of dvc.yaml; and replay."""
+"""The stage commands of dvc.yaml, and tools beside them.
+
+python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export | replay
+python -m training status [STAGE] [--json] | estimate [--preset NAME] [--gpus N] [--gpu NAME] [--rates FILE] [--measure]
+"""
 
 import argparse
 import sys
+from pathlib import Path
 
 from runtime.environment import set_environment
+from runtime.params import ParamsError, load_params, parse_params
+from runtime.stage import find_root, guard, open_stage
 
 
 def main() -> None:
@@ -18,16 +25,31 @@ def main() -> None:
     verbs.add_parser("export", help="write the release folder and load it once in a fresh process")
     verbs.add_parser("replay", help="send to MLflow what waits in the run folders since it could not be reached")
     verbs.add_parser("train_foundation", help="train the small foundation anew (foundation/params.yaml)")
+    status = verbs.add_parser("status", help="what every run of a training stage is doing, or how it ended")
+    status.add_argument("stage", nargs="?", help="a stage of dvc.yaml; by default the three training stages")
+    status.add_argument("--json", action="store_true")
+    estimate = verbs.add_parser("estimate", help="hours, samples/s, memory a rank and cost of each stage, each figure with its formula")
+    estimate.add_argument("--preset", help="a name in presets/; by default params.yaml")
+    estimate.add_argument("--gpus", type=int, help="by default launch.processes")
+    estimate.add_argument("--gpu", default="h200", help="h100, h200 or a100")
+    estimate.add_argument("--rates", type=Path, help="JSON with measured rates, as --measure writes it; the others are assumed")
+    estimate.add_argument("--image-size", type=int, help="pixels a side; by default data.image_size")
+    estimate.add_argument("--prompt-tokens", type=int, default=128, help="text tokens of a prompt with its template")
+    estimate.add_argument("--measure", action="store_true", help="time some steps of this very model here and compare with the count")
+    estimate.add_argument("--out", type=Path, help="with --measure: where the measured rates go")
     arguments = parser.parse_args()
     set_environment()
 
+    if arguments.verb in ("status", "estimate"):
+        with guard(arguments.verb):
+            show_status(arguments) if arguments.verb == "status" else show_estimate(arguments)
+        return
     if arguments.verb == "train_foundation":
         from training.foundation_training import run_train_foundation
 
         run_train_foundation()
         return
     if arguments.verb == "replay":
-        from runtime.stage import find_root, guard
         from training.spool import replay
 
         with guard("replay"):
@@ -35,8 +57,6 @@ def main() -> None:
         return
     if arguments.verb in ("latents", "alignment", "sft", "mr_grpo"):
         launch()
-
-    from runtime.stage import open_stage
 
     name = (
         f"evaluation@{arguments.stage}"
@@ -70,10 +90,31 @@ def main() -> None:
             run_export(run)
 
 
+def show_status(arguments: argparse.Namespace) -> None:
+    from runtime.recipe import load_stages
+    from training.status import print_status, read_status
+
+    root = find_root()
+    if arguments.stage is not None and not (root / "outputs" / "runs" / arguments.stage.replace("@", "/")).is_dir():
+        known = load_stages(root, parse_params((root / "params.yaml").read_text()))
+        if arguments.stage not in known:
+            raise ParamsError(f"{arguments.stage}: no such stage in dvc.yaml; allowed: {', '.join(known)}")
+    print_status(read_status(root, arguments.stage), arguments.json)
+
+
+def show_estimate(arguments: argparse.Namespace) -> None:
+    from training.estimate import run_estimate
+
+    root = find_root()
+    file = root / "presets" / f"{arguments.preset}.yaml" if arguments.preset else root / "params.yaml"
+    if not file.is_file():
+        presets = sorted(path.stem for path in file.parent.glob("*.yaml"))
+        raise ParamsError(f"--preset {arguments.preset}: no such preset; allowed: {', '.join(presets)}")
+    run_estimate(load_params(file), arguments)
+
+
 def launch() -> None:
     """Start as many ranks as params.yaml asks for; returns in each."""
-    from runtime.params import load_params
-    from runtime.stage import find_root, guard
     from training.launch import start_ranks
 
     with guard(sys.argv[1]):

@@ -97,8 +97,8 @@ class TrainState:
             state.setdefault(int(index), {})[slot] = value
         current["state"] = state
         self.optimizer.load_state_dict(current)
-        for parameter, slots in self.optimizer.state.items():
-            self.optimizer.state[parameter] = {slot: shard(value, parameter) for slot, value in slots.items()}
+        for stepped, slots in self.optimizer.state.items():
+            self.optimizer.state[stepped] = {slot: shard(value, stepped) for slot, value in slots.items()}
         if self.ema is not None:
             for name, value in tensors["ema"].items():
                 self.ema.average[name].copy_(shard(value, self.ema.average[name]))

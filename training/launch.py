@@ -56,7 +56,7 @@ def refuse_missing(config: LaunchConfig) -> None:
 def build_accelerator(config: LaunchConfig) -> Accelerator:
     """Accelerator of this rank, with the configured precision and threads.
 
-    A collective call gives up `START` seconds after `launch.hang_seconds`: a rank that hangs speaks for itself first (`training.heartbeat`),
+    A collective call gives up `START` seconds after `launch.hang_seconds`: a rank that hangs says so first (`training.heartbeat`),
     and ranks that start unequally fast are no hang.
 
     Raises:

@@ -1,0 +1,92 @@
+"""What a run folder tells of its run: who writes it, how it ended, its last whole checkpoint."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.files import read_json
+
+ENDED = "ended.json"  # state, error and time, written when the command ends; absent while it runs and after a SIGKILL
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Every `outputs/runs/<stage>[/<key>]/<fingerprint>/`, sorted."""
+    runs = root / "outputs" / "runs"
+    return sorted(note.parent for depth in ("*/*", "*/*/*") for note in runs.glob(f"{depth}/run.json"))
+
+
+def writer_of(folder: Path) -> int | None:
+    """The process that holds the folder's lock (0 if it has not said its number yet); None if nobody does."""
+    try:
+        with open(folder / "lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, for an instant: readers don't disturb each other
+            except OSError:
+                return int(lock.read().strip() or 0)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock as a stage would; False if somebody else does."""
+    with open(folder / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def ending_of(folder: Path) -> dict[str, Any] | None:
+    """How the last command in this folder ended: state (finished, interrupted, failed), error, time; None if it did not say."""
+    try:
+        return read_json(folder / ENDED)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def heartbeat_of(folder: Path) -> dict[str, Any] | None:
+    """The last whole line of progress.jsonl: time, step, total, rate (units/s), eta_s, and values such as loss."""
+    try:
+        with open(folder / "progress.jsonl", "rb") as handle:
+            handle.seek(max(0, handle.seek(0, 2) - 8192))
+            lines = handle.read().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut by a kill, or by our own seek
+            continue
+        if isinstance(row, dict) and "step" in row:
+            return row
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """`step-000200/` folders, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit())
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint with every file that it was written with. Their hashes are checked when it is restored."""
+    return next((path for path in reversed(checkpoints(folder)) if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        names = read_json(checkpoint / "complete.json")
+    except (OSError, json.JSONDecodeError):
+        return False
+    return all((checkpoint / name).is_file() for name in names)
+
+
+def command_for(stage: str) -> str:
+    """What goes on with a stage, or starts it."""
+    return f"deepgen run (this stage alone: dvc repro --single-item {stage})"
