@@ -11,6 +11,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from runtime.exits import Plain
 from training.config import LaunchConfig
 
+START = 60.0  # seconds
+
 
 class WorldSizeMismatch(Plain):
     """The launcher started another number of ranks than params.yaml asks for."""
@@ -29,7 +31,10 @@ def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
 
 
 def build_accelerator(config: LaunchConfig) -> Accelerator:
-    """Accelerator of this rank, with the configured precision and threads. A collective call gives up when `launch.hang_seconds` are over.
+    """Accelerator of this rank, with the configured precision and threads.
+
+    A collective call gives up `START` seconds after `launch.hang_seconds`: a rank that hangs speaks for itself first
+    (`training.heartbeat`), and ranks that start unequally fast are no hang.
 
     Raises:
         WorldSizeMismatch: the number of ranks is not `launch.processes`.
@@ -38,7 +43,7 @@ def build_accelerator(config: LaunchConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_seconds))] if config.hang_seconds else [],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_seconds + START))] if config.hang_seconds else [],
     )
     if accelerator.num_processes != config.processes:
         raise WorldSizeMismatch(
