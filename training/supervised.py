@@ -25,6 +25,7 @@ from runtime.progress import Progress
 from runtime.stage import StageRun, rank
 from training.checkpoint import Checkpoints, TrainState
 from training.config import SupervisedConfig
+from training.latents import refuse_other_autoencoder
 from training.launch import build_accelerator
 from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
@@ -56,13 +57,17 @@ def run_supervised(run: StageRun, stage: str) -> None:
         accelerator.wait_for_everyone()
 
 
+def parent_folder(run: StageRun, stage: str) -> Path:
+    """What the stage before left, or what `sft.start` names."""
+    return run.root / "outputs" / (run.params.sft.start if stage == "sft" else PARENT[stage])
+
+
 def load_parent(run: StageRun, stage: str) -> DeepGen:
     """The model that `stage` starts from: the foundation with a fresh connector, or the stage before."""
     # A process begins with a random global seed; fresh weights (connector, LoRA) and LoRA's dropout draw from it.
     torch.manual_seed(generator("weights and dropout", getattr(run.params, stage).seed, stage).initial_seed())
-    parent = run.params.sft.start if stage == "sft" else PARENT[stage]
-    folder = run.root / "outputs" / parent
-    if parent != "foundation":
+    folder = parent_folder(run, stage)
+    if folder.name != "foundation":
         model = load_model(folder / "model")
         refuse_other_settings(model, run.params.model, folder)
         return model
@@ -100,7 +105,8 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     if checkpoints.restore(state):
         print(f"{stage}: going on from step {state.step}", flush=True)
     micro_batches = config.batch_size // (config.micro_batch_size * accelerator.num_processes)
-    shards = run.root / "outputs" / "shards"
+    shards, latents = run.root / "outputs" / "shards", run.root / "outputs" / "latents"
+    refuse_other_autoencoder(latents, parent_folder(run, stage) / "model" / "vae")
     global_micro_batch = config.micro_batch_size * accelerator.num_processes
     loader = Loader(
         mixture,
@@ -109,7 +115,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
         accelerator.process_index,
         accelerator.num_processes,
         start=state.step * micro_batches,
-        latents=run.root / "outputs" / "latents",
+        latents=latents,
     )
     if state.data:
         loader.restore(state.data)
