@@ -82,28 +82,14 @@ def _run(arguments: argparse.Namespace) -> None:
         return
 
     from runtime.params import ParamsError
-    from runtime.store import StoreError
 
-    light = {"catalog": _catalog, "check": _check, "wants": _wants, "prompts": _prompts}
-    if arguments.verb in light:
-        try:
-            light[arguments.verb](arguments)
-        except (ParamsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
-            print(error, file=sys.stderr)
-            sys.exit(exits.BAD_PARAMS if isinstance(error, ParamsError) else exits.FAILED)
-        return
-
-    from data.adding import CannotAdd
-    from data.images import BadImage
-    from data.pinning import OtherContent
-    from data.shards import ShardMismatch
-
-    heavy = {"verify": _verify, "inspect": _inspect, "diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}
+    verbs = {"catalog": _catalog, "check": _check, "wants": _wants, "prompts": _prompts, "verify": _verify, "inspect": _inspect}
+    verbs |= {"diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}
     try:
-        heavy[arguments.verb](arguments)
-    except (ShardMismatch, BadImage, CannotAdd, OtherContent, ParamsError, StoreError, FileNotFoundError, ValueError) as error:
+        verbs[arguments.verb](arguments)
+    except (exits.Plain, ParamsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
         print(error, file=sys.stderr)
-        sys.exit(exits.FAILED)
+        sys.exit(exits.BAD_PARAMS if isinstance(error, ParamsError) else exits.FAILED)
 
 
 def _catalog(arguments: argparse.Namespace) -> None:
@@ -172,8 +158,8 @@ def _folder(part: str) -> Path:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from data.loader import Part
-    from data.shards import verify_part
     from runtime.progress import Progress
+    from runtime.published import verify_part
 
     folder = _folder(arguments.part)
     manifest = verify_part(folder)
@@ -192,7 +178,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from data.loader import read_part
     from data.pictures import save_facts, save_samples
-    from data.shards import verify_part
+    from runtime.published import verify_part
 
     folder = _folder(arguments.part)
     manifest = verify_part(folder)

@@ -21,6 +21,7 @@ from data.config import MAX_PIXELS, ImageRules
 from data.containers import FORMATS, Format, format_of, is_cut, png_depth, webp_size
 from data.duplicates import SIDE, perceptual_hash
 from data.records import Reason
+from runtime.exits import Plain
 from runtime.files import sha256_bytes
 
 Bucket = tuple[int, int]  # width, height
@@ -44,7 +45,7 @@ TEXT_BOMB = re.compile(r"Decompressed data too large|Too much memory used in tex
 warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
-class BadImage(Exception):
+class BadImage(Plain):
     """Bytes that are no image we take. `reason` says why, the message names the file."""
 
     def __init__(self, reason: Reason, message: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import ShardMismatch, split_members
+from data.shards import split_members
+from runtime.published import ShardMismatch
 
 FORMAT = 1
 

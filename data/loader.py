@@ -14,10 +14,10 @@ import numpy as np
 from data.images import decode_image
 from data.latents import Latents, parse_latents, stack_latents
 from data.mixture import TaskStream, cycle
-from data.shards import ShardMismatch, check_file, split_members
+from data.shards import split_members
 from data.store import open_tars
 from runtime.exits import Plain
-from runtime.files import read_json
+from runtime.published import ShardMismatch, check_file, read_manifest
 
 Bytes = bytes | memoryview
 AHEAD = 2  # batches a worker makes ahead
@@ -95,9 +95,7 @@ class Part:
 
     def __init__(self, folder: Path, stage: str | None = None) -> None:
         self.folder, self.stage = folder, stage or f"shards@{folder.name}"
-        if not (folder / "manifest.json").is_file():
-            raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro {self.stage}` or `deepgen run`.")
-        self.manifest = read_json(folder / "manifest.json")
+        self.manifest = read_manifest(folder, self.stage)
         self.tars = open_tars(folder, self.manifest, self.stage)
         check_file(folder / "index.npy", self.manifest["files"]["index.npy"], self.stage)
 
@@ -211,9 +209,9 @@ class Loader:
     Args:
         mixture: as resolved by `resolve_mixture`.
         shards: folder of published parts.
-        latents: folder of the parts' latents; a task whose parts have them there is read from them. None reads images only.
         batch_size: samples a micro-batch over all ranks; a multiple of `world_size`.
         workers: threads that make batches ahead (decoding leaves Python's lock alone); 0 makes each when it is asked for.
+        latents: folder of the parts' latents; a micro-batch all of whose parts have them there is read from them. None reads images only.
 
     Raises:
         ShardMismatch: a part is missing, or not the dataset that the mixture names.

@@ -12,23 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from data.preparation import chunk_files
-from runtime.exits import Plain
 from runtime.files import fsync_folder, read_json, sha256_bytes, sha256_file, sha256_json, write_atomic, write_json
-from runtime.store import Store, shard_store, tar_name
+from runtime.published import ShardMismatch
 
 INDEX = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
 FORMAT = 2
 BLOCK = 512  # bytes of a tar header, and what members are padded to
-
-
-class ShardMismatch(Plain):
-    """A tar is missing, or not the one that its manifest names."""
 
 
 @dataclass(frozen=True)
@@ -198,53 +193,3 @@ def check_images(facts: dict[str, Any], images: Mapping[str, bytes], where: str)
     spoilt = sorted(name for name in images if name not in wanted or sha256_bytes(images[name]) != wanted[name])
     if missing or spoilt:
         raise ShardMismatch(f"{where}: images missing: {missing or 'none'}; not of the sha256 in the sample's JSON: {spoilt or 'none'}")
-
-
-def verify_part(folder: Path, whole: bool = True) -> dict[str, Any]:
-    """The manifest of a published part, after checking index, tables and every tar against it.
-
-    Args:
-        whole: fetch the tars of a store and hash them, as those on this machine are; without it, see that they are there with their sizes.
-
-    Raises:
-        ShardMismatch: naming the file, and the command that rebuilds it.
-        StoreError: the store can't be read.
-    """
-    if not (folder / "manifest.json").is_file():
-        raise ShardMismatch(f"{folder}: no manifest.json. Build it with `dvc repro shards@{folder.name}` or `deepgen run`.")
-    manifest = cast(dict[str, Any], read_json(folder / "manifest.json"))
-    for name, expected in manifest["files"].items():
-        check_file(folder / name, expected)
-    store = shard_store(manifest)
-    if store is not None:
-        check_stored(store, manifest, whole)
-    else:
-        for shard in manifest["shards"]:
-            check_file(folder / shard["name"], shard["sha256"])
-    return manifest
-
-
-def check_stored(store: Store, manifest: dict[str, Any], whole: bool) -> None:
-    """Raises ShardMismatch unless every tar of a part is in its store, of its size and, if `whole`, of its sha256."""
-    rebuild = f"`dvc repro -f shards@{manifest['part']}`"
-    for shard in manifest["shards"]:
-        url, size = store.url(tar_name(shard)), store.size(tar_name(shard))
-        if size != shard["bytes"]:
-            found = "missing" if size is None else f"{size} bytes"
-            raise ShardMismatch(f"{url}: {found}, the manifest says {shard['bytes']} bytes. Rebuild it with {rebuild}.")
-        if whole and store.sha256(tar_name(shard)) != shard["sha256"]:
-            raise ShardMismatch(
-                f"{url} has not the sha256 {shard['sha256'][:12]}... that its manifest names. Remove it from the store, then "
-                f"rebuild it with {rebuild}."
-            )
-
-
-def check_file(path: Path, sha256: str, stage: str | None = None) -> None:
-    """Raises ShardMismatch, naming the stage that makes it (by default the part's own), unless `path` is there with that sha256."""
-    if not path.is_file():
-        problem = "is missing"
-    elif sha256_file(path) != sha256:
-        problem = f"has not the sha256 {sha256[:12]}... that its manifest names"
-    else:
-        return
-    raise ShardMismatch(f"{path} {problem}. Rebuild it with `dvc repro -f {stage or f'shards@{path.parent.name}'}`, or `deepgen run`.")

@@ -13,11 +13,11 @@ from data.mixture import cycle, resolve_mixture
 from data.pictures import save_facts, save_samples
 from data.pinning import check_content
 from data.removal import find_removed
-from data.shards import verify_part
 from data.store import upload_tars
 from runtime.exits import Interrupted
 from runtime.files import write_json
 from runtime.progress import Progress
+from runtime.published import verify_part
 from runtime.stage import StageRun
 from runtime.store import Store, shard_store
 

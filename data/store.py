@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.shards import ShardMismatch, check_file, check_images, check_stored, split_members
+from data.shards import check_images, split_members
 from runtime.files import read_json
+from runtime.published import ShardMismatch, check_file, check_stored
 from runtime.store import Store, shard_store, tar_name
 
 

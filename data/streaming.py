@@ -19,8 +19,9 @@ from itertools import chain, count, islice
 from typing import Any, BinaryIO
 
 from data.loader import Batch, Encoded, encoded, make_batch
-from data.shards import BLOCK, ShardMismatch, check_images
+from data.shards import BLOCK, check_images
 from runtime.keys import seed_from
+from runtime.published import ShardMismatch
 from runtime.store import StoreError, open_stream
 
 

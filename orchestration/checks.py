@@ -11,10 +11,12 @@ from typing import Any
 import dagster as dg
 
 from orchestration.assets import asset_name
-from orchestration.datasets import ShardsDiffer, read_manifest, verify_part
+from orchestration.datasets import shards_folder
 from orchestration.registry import EXPORT, GATES
+from runtime.exits import Plain
 from runtime.files import read_json, tensors_digest
 from runtime.params import STAGES, load_params
+from runtime.published import read_manifest, verify_part
 from runtime.recipe import Stage
 
 Outcome = tuple[list[str], dict[str, Any]]  # problems, and what was measured
@@ -53,7 +55,7 @@ def _check(asset: str, name: str, description: str, measure: Callable[[], Outcom
     def check() -> dg.AssetCheckResult:
         try:
             problems, measured = measure()
-        except (OSError, ValueError, KeyError, TypeError, ShardsDiffer) as error:
+        except (OSError, ValueError, KeyError, TypeError, Plain) as error:
             problems, measured = [f"can't be measured: {error}"], {}
         return dg.AssetCheckResult(
             passed=not problems,
@@ -70,7 +72,7 @@ def check_shards(root: Path) -> Outcome:
     samples = {}
     for part in load_params(root / "params.yaml").data.parts:
         if (root / "outputs" / "shards" / part).is_dir():
-            samples[part] = verify_part(root, part, whole=False)["samples"]
+            samples[part] = verify_part(shards_folder(root, part), whole=False)["samples"]
     return ([] if samples else ["no part has been built"]), {f"samples {part}": n for part, n in samples.items()}
 
 
@@ -81,7 +83,7 @@ def _mixture_check(root: Path, stage: Stage) -> dg.AssetChecksDefinition:
         rows = [row for task in mixture["tasks"].values() for row in task]
         problems = [] if rows else ["it holds no parts"]
         for row in rows:
-            built = read_manifest(root, row["part"])["dataset_id"]
+            built = read_manifest(shards_folder(root, row["part"]))["dataset_id"]
             if row["dataset_id"] != built:
                 problems.append(f"{row['part']}: the mixture names dataset {row['dataset_id'][:12]}, on disk is {built[:12]}")
         if {task: times for task, times in config.ratio.items() if times > 0} != mixture["ratio"]:
@@ -126,7 +128,7 @@ def _evaluation_check(root: Path, stage: Stage) -> dg.AssetChecksDefinition:
     def measure() -> Outcome:
         params = load_params(root / "params.yaml")
         metrics = read_json(root / stage.outs[0] / "metrics.json")
-        planned = {params.data.parts[part].task: read_manifest(root, part)["samples"] for part in params.evaluation.parts}
+        planned = {params.data.parts[part].task: read_manifest(shards_folder(root, part))["samples"] for part in params.evaluation.parts}
         problems = not_finite(metrics)
         for task, n in planned.items():
             found = metrics[task]["n"]

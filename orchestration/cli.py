@@ -347,20 +347,13 @@ def main() -> None:
 
 def _code_of(error: Exception) -> int | None:
     """Exit code of an error that speaks for itself; None for one that only its trace explains."""
-    codes = {
+    if isinstance(error, exits.Plain | FileNotFoundError | NotADirectoryError):
+        return exits.FAILED
+    codes = {  # by name, for their modules are heavy
         "ParamsError": exits.BAD_PARAMS,
         "PresetRefused": exits.BAD_PARAMS,
-        "FetchRefused": exits.FAILED,
-        "FetchFailed": exits.FAILED,
         "AlreadyFetching": exits.LOCKED,
         "AlreadyRunning": exits.LOCKED,
         "PortBusy": exits.LOCKED,
-        "DvcError": exits.FAILED,
-        "CannotStart": exits.BAD_PARAMS,
-        "GateFailed": exits.FAILED,
-        "NotRegistered": exits.FAILED,
-        "ShardsDiffer": exits.FAILED,
-        "FileNotFoundError": exits.FAILED,
-        "NotADirectoryError": exits.FAILED,
     }
     return codes.get(type(error).__name__)

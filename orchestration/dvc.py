@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from runtime.exits import Plain
 from runtime.recipe import Stage
 
 BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "Unable to acquire rwlock")
@@ -19,7 +20,7 @@ WAITS = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries while another DVC com
 SURVEY_SECONDS = 30
 
 
-class DvcError(Exception):
+class DvcError(Plain):
     """DVC refused, or is not installed."""
 
 

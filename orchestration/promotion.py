@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from orchestration.config import GatesConfig
-from orchestration.datasets import ShardsDiffer, evaluation_set_digest
+from orchestration.datasets import evaluation_set_digest
 from orchestration.dvc import DvcCommand
 from orchestration.registry import CHALLENGER, CHAMPION, GATES, PREVIOUS, Registry, evidence_tags
+from runtime.exits import Plain
 from runtime.files import tensors_digest, write_atomic
 from runtime.params import STAGES, Params
 
@@ -21,7 +22,7 @@ FINAL = STAGES[-1]
 HISTORY = Path("outputs/registry/promotions.jsonl")
 
 
-class GateFailed(Exception):
+class GateFailed(Plain):
     """The challenger may not become champion. Each line names what was measured and what is asked."""
 
 
@@ -89,7 +90,7 @@ def check_evidence(
         raise GateFailed(f"the gates were measured on weights {measured[:12]}, the challenger is {digest[:12]}: evaluate it first.")
     try:
         present = evaluation_set_digest(root, params)
-    except ShardsDiffer as error:
+    except Plain as error:
         raise GateFailed(f"the evaluation set can't be trusted: {error}") from None
     if present != measured_set:
         raise GateFailed(f"the gates were measured on evaluation set {measured_set[:12]}, on disk is {present[:12]}: evaluate again.")

@@ -13,6 +13,7 @@ import yaml
 from orchestration.datasets import dataset_ids
 from orchestration.dvc import DvcCommand
 from runtime.environment import git_state
+from runtime.exits import Plain
 from runtime.files import read_json, sha256_json, tensors_digest
 from runtime.mlflow_store import locked, open_store
 from runtime.params import STAGES, Params, parse_params
@@ -29,7 +30,7 @@ GATES = Path("outputs/evaluation") / STAGES[-1] / "gates.json"
 REQUIREMENTS = ("torch", "transformers", "diffusers", "safetensors", "pydantic", "pyyaml", "numpy", "pillow", "einops", "peft")
 
 
-class NotRegistered(Exception):
+class NotRegistered(Plain):
     """The registry has no such model, version or alias."""
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import dagster as dg
 
-from orchestration.datasets import dataset_ids, read_manifest
+from orchestration.datasets import dataset_ids, shards_folder
 from orchestration.registry import CHAMPION, Registry
 from runtime.files import sha256_json
 from runtime.params import Params, load_params, parse_params
+from runtime.published import read_manifest
 
 RETRAIN_KEY = "deepgen/retrain"
 
@@ -39,7 +40,7 @@ def look(root: Path, params: Params) -> Situation:
     return Situation(
         data_digest=sha256_json(parts),
         params_digest=sha256_json(parse_params((root / "params.yaml").read_text())),
-        samples=sum(read_manifest(root, part)["samples"] for part in parts if params.data.parts[part].split == "train"),
+        samples=sum(read_manifest(shards_folder(root, part))["samples"] for part in parts if params.data.parts[part].split == "train"),
         champion_data=tags.get("data_digest"),
         champion_params=tags.get("params_digest"),
     )

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import yaml
 
+from runtime.exits import Plain
 from runtime.files import publish_folder, write_atomic, write_json
 from runtime.stage import CHAMPION
 
 
-class CannotStart(Exception):
+class CannotStart(Plain):
     """params.yaml is laid out so that the key can't be found; nothing was changed."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 from model.config import FoundationConfig
+from runtime.exits import Plain
 from runtime.files import read_json, write_json
 
 FETCHED = Path("outputs") / "fetched"
@@ -19,7 +20,7 @@ NAME = re.compile(r"\w[\w-]*", re.ASCII)
 HUB_PARTS = ("vlm", "dit", "vae")
 
 
-class FetchRefused(Exception):
+class FetchRefused(Plain):
     """Nothing was downloaded: what stands in the way, and who can change it."""
 
 

@@ -122,13 +122,16 @@ def sha256_path(path: Path) -> str:
     return sha256_json([(str(file.relative_to(path)), sha256_file(file)) for file in folder_files(path)])
 
 
-def tensors_digest(folder: Path) -> str:
+def tensors_digest(folder: Path, names: str = "") -> str:
     """Digest of the weights in a model folder, without loading them: every tensor's place, name, type, shape and bytes.
 
     Two folders that hold the same tensors in the same parts have the same digest, whatever else lies beside them.
 
+    Args:
+        names: of the tensors whose names hold this alone, by their names from there on: prefixes differ between libraries.
+
     Raises:
-        FileNotFoundError: no safetensors file lies under `folder`.
+        FileNotFoundError: no safetensors file with such a tensor lies under `folder`.
     """
     rows = []
     for file in sorted(folder.rglob("*.safetensors")):
@@ -137,6 +140,8 @@ def tensors_digest(folder: Path) -> str:
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
+                if names not in name:
+                    continue
                 begin, end = entry["data_offsets"]
                 handle.seek(8 + length + begin)
                 digest = hashlib.sha256()
@@ -147,7 +152,9 @@ def tensors_digest(folder: Path) -> str:
                         raise ValueError(f"{file} is cut short inside tensor {name!r}: publish or fetch it again.")
                     digest.update(chunk)
                     remaining -= len(chunk)
-                rows.append((str(file.parent.relative_to(folder)), name, entry["dtype"], entry["shape"], digest.hexdigest()))
+                rows.append(
+                    (str(file.parent.relative_to(folder)), name[name.index(names) :], entry["dtype"], entry["shape"], digest.hexdigest())
+                )
     if not rows:
-        raise FileNotFoundError(f"no safetensors file under {folder}: expected a model folder there.")
+        raise FileNotFoundError(f"no tensor{f' {names}*' if names else ''} in safetensors under {folder}: expected a model folder there.")
     return sha256_json(sorted(rows))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
+from runtime.exits import Plain
 from runtime.fetched import FetchRefused, Wanted
 from runtime.files import fsync_folder, sha256_file
 
@@ -31,7 +32,7 @@ RETRIES = 5  # in a row without a byte gained
 BUSY = {408, 429, 500, 502, 503, 504}
 
 
-class FetchFailed(Exception):
+class FetchFailed(Plain):
     """A download began and did not end well: which file, and what differs."""
 
 

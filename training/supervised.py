@@ -27,6 +27,7 @@ from training.config import SupervisedConfig
 from training.curves import Curves
 from training.guards import Guard
 from training.heartbeat import watch_ranks
+from training.latents import refuse_other_encoders
 from training.launch import build_accelerator
 from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
@@ -114,7 +115,8 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
         print(f"{stage}: going on from step {state.step}", flush=True)
     guard = Guard(config.guard, stage, run.folder, accelerator, state, checkpoints)
     micro_batches = config.accumulation(accelerator.num_processes)
-    shards = run.root / "outputs" / "shards"
+    shards, latents = run.root / "outputs" / "shards", run.root / "outputs" / "latents"
+    refuse_other_encoders(latents, run.root / "outputs" / str(parent_of(stage, run.params)) / "model")
     global_micro_batch = config.micro_batch_size * accelerator.num_processes
     loader = Loader(
         mixture,
@@ -123,7 +125,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
         accelerator.process_index,
         accelerator.num_processes,
         start=state.step * micro_batches,
-        latents=run.root / "outputs" / "latents",
+        latents=latents,
     )
     if state.data:
         loader.restore(state.data)

@@ -26,8 +26,8 @@ from data.pinning import content_digest
 from data.quarantine import redrive, set_aside
 from data.removal import EvaluationLeak, find_removed, read_takedown
 from data.rows import read_table
-from data.shards import verify_part
 from data.versions import compare
+from runtime.published import verify_part
 from tests.data.encoded import encode, texture
 
 REPO = Path(__file__).resolve().parents[2]

@@ -9,8 +9,9 @@ import pytest
 
 from data.latents import Latents, check_latents, latent_members, parse_latents, stack_latents
 from data.loader import Loader, Part, open_latents
-from data.shards import ShardMismatch, index_of, save_index, write_shard
+from data.shards import index_of, save_index, write_shard
 from runtime.files import sha256_file, write_json
+from runtime.published import ShardMismatch
 
 BATCH = 6
 

@@ -12,7 +12,7 @@ from data.build import build_part
 from data.config import DataConfig, ImageRules, MixtureConfig, PartConfig
 from data.loader import Batch, Loader, OtherData
 from data.mixture import resolve_mixture
-from data.shards import ShardMismatch
+from runtime.published import ShardMismatch
 from tests.data.encoded import encode, texture
 
 BATCH = 12  # divides by 1, 2, 3 and 4 ranks

@@ -14,9 +14,9 @@ import pytest
 from data.build import Stopped, build_part
 from data.config import DataConfig, ImageRules, PartConfig
 from data.loader import read_part
-from data.shards import ShardMismatch, verify_part
 from data.sources import read_record
 from runtime.files import sweep_stale
+from runtime.published import ShardMismatch, verify_part
 
 EDITS = PartConfig(source="drawn", task="image_edit", split="train", samples=13, seed=4, licence="CC0-1.0")
 

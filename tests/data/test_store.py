@@ -18,13 +18,11 @@ from test_loader import BATCH, told
 
 from data.__main__ import main
 from data.loader import Loader, Part, read_part
-from data.shards import ShardMismatch, verify_part
 from data.stages import run_shards
 from data.store import tar_urls, upload_tars
-from orchestration.datasets import ShardsDiffer
-from orchestration.datasets import verify_part as verify_from_above
 from runtime.exits import Interrupted, StopRequest
 from runtime.files import read_json, write_json
+from runtime.published import ShardMismatch, verify_part
 from runtime.stage import begin_stage
 from runtime.store import Store, StoreError, shard_store
 
@@ -74,7 +72,7 @@ def test_batches_from_a_store_are_those_of_tars_on_this_machine(mixture, shards,
 
 
 def test_a_stored_part_passes_every_check_that_a_local_one_does(edits, shards, monkeypatch, capsys):
-    assert verify_part(edits)["samples"] == verify_from_above(edits.parents[2], "edits")["samples"] == 13
+    assert verify_part(edits)["samples"] == 13
     monkeypatch.setattr(sys, "argv", ["data", "verify", str(edits)])
     main()
     assert "3 shards with every byte as the manifest says; 13 of 13 samples decoded whole" in capsys.readouterr().out
@@ -104,8 +102,6 @@ def test_a_byte_flipped_in_the_store_is_found_by_whoever_reads_it(edits, place: 
         part[6]
     with pytest.raises(ShardMismatch, match=rf"file://{tar} has not the sha256.*dvc repro -f shards@edits"):
         verify_part(edits)
-    with pytest.raises(ShardsDiffer, match=f"file://{tar} has sha256"):
-        verify_from_above(edits.parents[2], "edits")
 
 
 def test_a_byte_flipped_in_a_prompt_is_found_by_verify(edits):
@@ -123,8 +119,6 @@ def test_a_stored_tar_that_is_short_or_missing_is_refused_before_anything_is_rea
     for look in (Part, lambda folder: verify_part(folder, whole=False)):
         with pytest.raises(ShardMismatch, match=rf"file://{tar}: {cut or 'missing'}.*dvc repro -f shards@edits"):
             look(edits)
-    with pytest.raises(ShardsDiffer, match=tar.name):
-        verify_from_above(edits.parents[2], "edits", whole=False)
 
 
 @pytest.mark.parametrize(("cut", "told"), [(0, "missing"), (1024, "1024 bytes came from byte 0")])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from data.loader import Batch, read_part
-from data.shards import ShardMismatch
 from data.streaming import stream_batches
+from runtime.published import ShardMismatch
 from runtime.store import StoreError
 
 PARTS = ("captions", "edits")

@@ -10,10 +10,10 @@ import pytest
 
 from orchestration.assets import asset_name, group_stages, upstream
 from orchestration.checks import check_shards, improved, not_finite
-from orchestration.datasets import ShardsDiffer
 from orchestration.stage_process import StageFailed, command_of
 from runtime import exits
 from runtime.params import parse_params
+from runtime.published import ShardMismatch
 from runtime.recipe import load_stages
 from tests.orchestration.conftest import PROJECT, Toy, cached, failure_text
 
@@ -101,10 +101,10 @@ def test_a_shard_that_is_not_the_one_in_its_manifest_fails_the_check_by_name(wit
     assert check_shards(toy.root)[0] == []
     shard = toy.root / "outputs" / "shards" / "drawn_image_edit" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"d", b"e", 1))
-    with pytest.raises(ShardsDiffer, match="drawn_image_edit/shard-000000.tar.*Rebuild"):
+    with pytest.raises(ShardMismatch, match="drawn_image_edit/shard-000000.tar.*Rebuild"):
         check_shards(toy.root)
     shard.unlink()
-    with pytest.raises(ShardsDiffer, match="missing"):
+    with pytest.raises(ShardMismatch, match="missing"):
         check_shards(toy.root)
 
 

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import training.latents
 from data.loader import Loader, Part
-from model.weights import load_vae
+from model.weights import WeightsMismatch, load_vae
 from runtime.exits import Interrupted
 from runtime.files import read_json, sha256_path
 from tests.training.conftest import begin
-from training.latents import encode_part, run_latents
+from training.latents import encode_part, refuse_other_encoders, run_latents
 from training.stages import freeze_for
 from training.supervised import batch_loss, load_parent
 
@@ -19,7 +21,7 @@ PARTS = ["drawn_image_edit", "drawn_text_to_image"]
 
 
 def make(project, edit_params, **settings):
-    edit_params(project, lambda params: params["latents"].update({"parts": PARTS, **settings}))
+    edit_params(project, lambda params: params["latents"].update({"parts": PARTS, "precision": "float16", **settings}))
     with begin(project, "latents") as run:
         run_latents(run)
     return project / "outputs" / "latents"
@@ -88,6 +90,44 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(project, edit_params
     with begin(project, "latents") as run:
         run_latents(run)
     assert sha256_path(project / "outputs" / "latents") == whole
+
+
+def test_a_part_published_already_is_taken_over_and_only_the_new_one_encoded(project, edit_params, monkeypatch):
+    both = sha256_path(make(project, edit_params))
+    latents = make(project, edit_params, parts=PARTS[:1])
+    tars = {tar.name: tar.stat().st_ino for tar in (latents / PARTS[0]).glob("*.tar")}
+    encoded = []
+    real = training.latents.encode_part
+
+    def noted(run, part, *rest):
+        encoded.append(part.folder.name)
+        real(run, part, *rest)
+
+    monkeypatch.setattr(
+        training.latents, "encode_part", lambda run, part, *rest: encoded.append(part.folder.name) or real(run, part, *rest)
+    )
+    assert sha256_path(make(project, edit_params)) == both and encoded == PARTS[1:]
+    assert {tar.name: tar.stat().st_ino for tar in (latents / PARTS[0]).glob("*.tar")} == tars
+    make(project, edit_params, precision="float32")
+    assert encoded == [*PARTS[1:], *PARTS], "other settings are other latents"
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor", "kind"),
+    [("vae/diffusion_pytorch_model", "", "vae"), ("vlm/model", "visual.", "vision_tower"), ("vlm/model", "lm_head", "")],
+)
+def test_what_another_model_encoded_is_refused_by_name(project, edit_params, file, tensor, kind):
+    latents = make(project, edit_params, vision=True)
+    model = project / "outputs" / "foundation" / "model"
+    refuse_other_encoders(latents, model)
+    path = model / f"{file}.safetensors"
+    weights = load_file(path)
+    changed = next(name for name in weights if tensor in name)
+    save_file(weights | {changed: weights[changed] + 1}, path)
+    if not kind:
+        return refuse_other_encoders(latents, model)  # LoRA merged into the language model leaves what the tower sees
+    with pytest.raises(WeightsMismatch, match=rf"drawn_image_edit: made by {kind} .* Set latents\.parts to \[\]"):
+        refuse_other_encoders(latents, model)
 
 
 def test_ranks_share_the_tars_and_make_the_same_bytes(project, edit_params, tmp_path):

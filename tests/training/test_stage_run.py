@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.shards import ShardMismatch
 from data.stages import run_mixture, run_shards
+from runtime.published import ShardMismatch
 from runtime.stage import InputsChanged, Locked, begin_stage, guard
 from training.foundation import run_foundation
 from training.supervised import run_supervised
