@@ -153,11 +153,14 @@ class DeepGen(nn.Module):
         condition: Condition | None = None,
         reference_tokens: References = (),
     ) -> Tensor:
-        """Velocity, from prompts or from a condition computed before. Training calls this, so that wrappers see every gradient."""
+        """Velocity, from prompts or from a condition computed before. Training calls this, so that wrappers see every gradient.
+
+        The two steps are called by the class: a model in shards has, for those who call them from outside, methods that gather first.
+        """
         if condition is None:
             assert prompts is not None, "forward needs prompts or a condition"
-            condition = self.encode_condition(prompts, reference_images, reference_tokens)
-        return self.predict_velocity(latents, sigmas, condition, reference_latents)
+            condition = DeepGen.encode_condition(self, prompts, reference_images, reference_tokens)
+        return DeepGen.predict_velocity(self, latents, sigmas, condition, reference_latents)
 
 
 def build_deepgen(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DeepGen:

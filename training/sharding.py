@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from model.deepgen import DeepGen
@@ -53,6 +53,8 @@ def spread(accelerator: Accelerator, config: LaunchConfig, model: DeepGen, state
         if type(module).__name__ in plugin.transformer_cls_names_to_wrap:
             fully_shard(module, **settings)
     fully_shard(model, **settings)
+    for method in ("encode_condition", "predict_velocity"):  # as validation and boards call them, beside the forward pass
+        register_fsdp_forward_method(model, method)
     after = dict(model.named_parameters())
     state.trained = {name: after[name] for name in before}
     _move_optimizer(state.optimizer, {old: after[name] for name, old in before.items()})

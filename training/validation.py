@@ -48,7 +48,7 @@ class HeldOut:
 class Validation:
     """What the loop asks after each step. `over` says that the early stop's patience has ended: a matter of the history alone.
 
-    The averaged weights are asked where the stage keeps an average, since those are published. Ranks share the batches, and all end with
+    The averaged weights are asked where the stage keeps an average, since those are published. Ranks share each batch, and all end with
     the same numbers.
     """
 
@@ -84,18 +84,20 @@ class Validation:
 
     def measure(self) -> dict[str, float]:
         """Mean loss over all held-out samples and SIGMAS, by task, by task and kind, and by sigma."""
-        ranks, last = self.accelerator.num_processes, len(self.batches) - 1
-        sizes = [len(batch.samples) for batch in self.batches]
-        loss_SN = torch.zeros(len(SIGMAS), sum(sizes), device=self.accelerator.device)
-        for turn in range(math.ceil(len(sizes) / ranks)):
-            # A rank that has no batch left takes the last one once more: sharded weights are gathered by all ranks together.
-            mine = turn * ranks + self.accelerator.process_index
-            batch = self.batches[min(mine, last)]
-            sigma_SB = torch.tensor(SIGMAS)[:, None].expand(-1, len(batch.samples))
-            losses_SB = losses_at(self.model, batch, sigma_SB)
-            if mine <= last:
-                start = sum(sizes[:mine])
-                loss_SN[:, start : start + sizes[mine]] = losses_SB
+        ours, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        loss_SN = torch.zeros(len(SIGMAS), sum(len(batch.samples) for batch in self.batches), device=self.accelerator.device)
+        start = 0
+        for batch in self.batches:
+            # Every rank takes part in every batch, if need be with a row of another's: sharded weights are gathered by all together,
+            # and the vision tower's for edits alone.
+            count = len(batch.samples)
+            rows = list(range(ours, count, ranks)) or [0]
+            mine = HeldOut([batch.samples[row] for row in rows], [batch.positions[row] for row in rows])
+            sigma_SB = torch.tensor(SIGMAS)[:, None].expand(-1, len(rows))
+            losses_SB = losses_at(self.model, mine, sigma_SB)
+            if ours < count:
+                loss_SN[:, [start + row for row in rows]] = losses_SB
+            start += count
         loss_SN = self.accelerator.reduce(loss_SN, "sum").double().cpu()
         groups: dict[str, list[int]] = defaultdict(list)
         for index, sample in enumerate(sample for batch in self.batches for sample in batch.samples):

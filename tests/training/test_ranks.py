@@ -41,6 +41,7 @@ def uneven(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = yaml.safe_load((root / "params.yaml").read_text())
     params["data"]["parts"]["drawn_text_to_image"]["samples"] = 13
     params["data"]["parts"]["drawn_image_edit"]["samples"] = 7
+    params["sft"]["board_every"] = 4
     params["sft"]["lora"]["dropout"] = 0.0  # its masks belong to a rank, not to a sample
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     for part in ("drawn_text_to_image", "drawn_image_edit"):
@@ -139,13 +140,16 @@ def test_a_run_of_one_rank_goes_on_with_two(alone: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_run_of_one_rank_goes_on_with_its_model_in_shards_on_two(alone: Path, tmp_path: Path):
-    """FSDP2: weights, gradients, moments and what is published are those of whole tensors, and so is the checkpoint."""
+    """FSDP2: weights, gradients, moments, held-out losses and what is published are those of whole tensors, and so is the checkpoint."""
     root = copy_of(alone, tmp_path)
     set_ranks(root, 2, "fsdp2")
     with begin(root, "sft") as run:
         shutil.copytree(checkpoint(alone, "sft", 2), run.folder / "step-000002")
     train_together(root, "sft")
     assert_same_training(root, alone, "sft")
+    (ours_held, theirs_held) = (read_json(project / "outputs" / "sft" / "history.json")[-1]["held_out/loss"] for project in (root, alone))
+    assert ours_held == pytest.approx(theirs_held, rel=ONE_OF_TWO)
+    assert list((root / "outputs" / "runs" / "sft").glob("*/boards/step-000004.png"))
     (ours, _), (theirs, _) = (read_checkpoint(checkpoint(project, "sft", 4)) for project in (root, alone))
     torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=ONE_OF_TWO)
     torch.testing.assert_close(ours["optimizer"], theirs["optimizer"], rtol=1e-3, atol=ONE_OF_TWO)
