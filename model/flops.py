@@ -193,6 +193,7 @@ def supervised_flops(
     references: int = 0,
     lora_rank: int | None = None,
     cached_latents: bool = False,
+    cached_vision: bool = False,
     checkpointing: bool = False,
 ) -> list[Flops]:
     """One sample of alignment or sft, by part.
@@ -207,7 +208,7 @@ def supervised_flops(
     P, T = prompt_tokens + references * vision_tokens(vlm, side), config.connector.num_think_tokens
     depth = max(vlm.stacked_layers)  # later layers run, but no gradient reaches them
     rows = [] if cached_latents else [Flops("vae", (1 + references) * encode_forward(config.vae, side), 0.0)]
-    if references:
+    if references and not cached_vision:
         rows.append(Flops("vision tower", references * vision_forward(vlm.vision, vlm.hidden_size, side), 0.0))
 
     def language(part: str, tokens: int, keys: int, passed: bool, again: bool = False) -> None:

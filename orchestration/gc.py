@@ -16,7 +16,7 @@ from runtime.files import read_json
 from runtime.mlflow_store import locked
 from runtime.params import Params, parse_params
 from runtime.recipe import load_stages
-from runtime.run_folder import checkpoints, claimed, ending_of, last_whole_checkpoint, run_folders, writer_of
+from runtime.run_folder import checkpoints, claimed, ending_of, kept_checkpoints, last_whole_checkpoint, run_folders, writer_of
 from runtime.stage import stage_digests
 
 KEEP_DAYS = 30.0
@@ -127,7 +127,7 @@ def _in_run_folders(root: Path, kept: Kept, oldest: float) -> Iterator[Garbage]:
         ending, whole = ending_of(folder), last_whole_checkpoint(folder)
         if ending is not None and ending["state"] == "finished" and whole is not None:
             for old in checkpoints(folder):
-                if old != whole:
+                if old != whole and old not in kept_checkpoints(folder):
                     yield _garbage(old, f"the stage is finished, and {whole.name} is newer")
         newest = _newest(folder)
         if newest > oldest:

@@ -2,13 +2,16 @@
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.files import read_json
+from runtime.files import read_json, write_atomic, write_json
 
+SCORES = "scores.json"  # held-out loss of each checkpoint that was asked, by its name
+REGISTERED = "registered"  # names of checkpoints that must stay, one a line
 ENDED = "ended.json"  # state, error and time, written when the command ends; absent while it runs and after a SIGKILL
 
 
@@ -71,12 +74,51 @@ def heartbeat_of(folder: Path) -> dict[str, Any] | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """`step-000200/` folders, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit())
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint with every file that it was written with. Their hashes are checked when it is restored."""
     return next((path for path in reversed(checkpoints(folder)) if _is_whole(path)), None)
+
+
+def tell_score(checkpoint: Path, score: float) -> None:
+    """A checkpoint's held-out loss, lower is better: the best stays. One that is no number counts as unknown."""
+    if math.isfinite(score):
+        write_json(checkpoint.parent / SCORES, _scores(checkpoint.parent) | {checkpoint.name: score})
+
+
+def register_checkpoint(checkpoint: Path) -> None:
+    """Neither retention nor `deepgen gc` deletes this one.
+
+    Raises:
+        FileNotFoundError: it is no whole checkpoint.
+    """
+    if not _is_whole(checkpoint):
+        raise FileNotFoundError(f"{checkpoint}: no whole checkpoint; expected outputs/runs/STAGE/FINGERPRINT/step-000200.")
+    names = {checkpoint.name, *_registered(checkpoint.parent)}
+    write_atomic(checkpoint.parent / REGISTERED, "\n".join(sorted(names)) + "\n")
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Of those that are there, the one with the lowest score, the earlier of two; None where no score was told."""
+    scores = _scores(folder)
+    return min((path for path in checkpoints(folder) if path.name in scores), key=lambda path: scores[path.name], default=None)
+
+
+def kept_checkpoints(folder: Path) -> set[Path]:
+    """The best and the registered."""
+    best = best_checkpoint(folder)
+    return {folder / name for name in _registered(folder)} | ({best} if best else set())
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    return read_json(folder / SCORES) if (folder / SCORES).exists() else {}
+
+
+def _registered(folder: Path) -> list[str]:
+    return (folder / REGISTERED).read_text().split() if (folder / REGISTERED).exists() else []
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -1,7 +1,7 @@
 """The stage commands of dvc.yaml, and tools beside them.
 
 python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export | replay
-python -m training status [STAGE] [--json] | estimate [--preset NAME] [--gpus N] [--gpu NAME] [--rates FILE] [--measure]
+python -m training status [STAGE] [--json] | keep CHECKPOINT | estimate [--preset NAME] [--gpus N] [--gpu NAME] [--rates FILE] [--measure]
 """
 
 import argparse
@@ -28,6 +28,8 @@ def main() -> None:
     status = verbs.add_parser("status", help="what every run of a training stage is doing, or how it ended")
     status.add_argument("stage", nargs="?", help="a stage of dvc.yaml; by default the three training stages")
     status.add_argument("--json", action="store_true")
+    keep = verbs.add_parser("keep", help="a checkpoint that neither retention nor `deepgen gc` may delete")
+    keep.add_argument("checkpoint", type=Path, help="outputs/runs/STAGE/FINGERPRINT/step-000200")
     estimate = verbs.add_parser("estimate", help="hours, samples/s, memory a rank and cost of each stage, each figure with its formula")
     estimate.add_argument("--preset", help="a name in presets/; by default params.yaml")
     estimate.add_argument("--gpus", type=int, help="by default launch.processes")
@@ -40,9 +42,10 @@ def main() -> None:
     arguments = parser.parse_args()
     set_environment()
 
-    if arguments.verb in ("status", "estimate"):
+    tools = {"status": show_status, "estimate": show_estimate, "keep": keep_checkpoint}
+    if arguments.verb in tools:
         with guard(arguments.verb):
-            show_status(arguments) if arguments.verb == "status" else show_estimate(arguments)
+            tools[arguments.verb](arguments)
         return
     if arguments.verb == "train_foundation":
         from training.foundation_training import run_train_foundation
@@ -100,6 +103,13 @@ def show_status(arguments: argparse.Namespace) -> None:
         if arguments.stage not in known:
             raise ParamsError(f"{arguments.stage}: no such stage in dvc.yaml; allowed: {', '.join(known)}")
     print_status(read_status(root, arguments.stage), arguments.json)
+
+
+def keep_checkpoint(arguments: argparse.Namespace) -> None:
+    from runtime.run_folder import register_checkpoint
+
+    register_checkpoint(arguments.checkpoint)
+    print(f"{arguments.checkpoint} stays", flush=True)
 
 
 def show_estimate(arguments: argparse.Namespace) -> None:

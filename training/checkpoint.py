@@ -2,9 +2,7 @@
 
 import json
 import logging
-import math
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from runtime.exits import Plain
-from runtime.files import fsync_folder, fsync_tree, read_json, sha256_file, write_atomic, write_json
+from runtime.files import fsync_folder, fsync_tree, read_json, sha256_file, write_json
+from runtime.run_folder import checkpoints, kept_checkpoints, tell_score
 from runtime.stage import rank
 from training.optim import EMA
 from training.randomness import global_generators, restore_global_generators, seed_global_generators
@@ -130,9 +129,8 @@ def fault(point: str, step: int) -> None:
 class Checkpoints:
     """`step-000200/` folders in a run folder; the newest whole one is resumed from.
 
-    Kept are the latest `keep`, the latest that was due (others come from a stop), the best by the scores that were told, and those that a
-    file `registered` names, one a line. Every rank calls `save` and `restore`, which exchange the generators' states and the choice; rank 0
-    alone writes.
+    Kept are the latest `keep`, the latest that was due (others come from a stop), the best by the scores that were told, and the
+    registered. Every rank calls `save` and `restore`, which exchange the generators' states and the choice; rank 0 alone writes.
 
     Args:
         every: steps between two.
@@ -150,8 +148,7 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """Oldest first."""
-        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-        return sorted(found, key=_step_of)
+        return checkpoints(self.folder)
 
     def save(self, state: TrainState, score: float | None = None) -> None:
         """Write `state`, unless its step has been saved.
@@ -166,9 +163,9 @@ class Checkpoints:
         if rank() != 0:
             return
         self.wait()
-        if score is not None:
-            self.tell_score(state.step, score)
         final = self.folder / f"step-{state.step:06d}"
+        if score is not None:
+            tell_score(final, score)
         if final.exists():
             return
         files = state.tensors()
@@ -191,28 +188,6 @@ class Checkpoints:
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
-
-    def tell_score(self, step: int, score: float) -> None:
-        """The held-out loss of `step`, lower is better: the best stays. One that is no number counts as unknown."""
-        if math.isfinite(score):
-            write_json(self.folder / "scores.json", self._scores() | {f"step-{step:06d}": score})
-
-    def best(self) -> Path | None:
-        """Of those that are there, the one with the lowest score, the earlier of two; None where no score was told."""
-        scores = self._scores()
-        return min((path for path in self.steps() if path.name in scores), key=lambda path: scores[path.name], default=None)
-
-    def register(self, step: int) -> None:
-        """Never delete this one."""
-        write_atomic(self.folder / "registered", "\n".join(sorted({*self._registered(), f"step-{step:06d}"})) + "\n")
-
-    def _scores(self) -> dict[str, float]:
-        path = self.folder / "scores.json"
-        return read_json(path) if path.exists() else {}
-
-    def _registered(self) -> list[str]:
-        path = self.folder / "registered"
-        return path.read_text().split() if path.exists() else []
 
     def _write(self, final: Path, files: Files, facts: str, needed: int) -> None:
         step = _step_of(final)
@@ -246,11 +221,10 @@ class Checkpoints:
         )
 
     def _prune(self) -> None:
-        best, due = self.best(), [path for path in self.steps() if self.due(_step_of(path))]
-        latest = {path.name for path in (*self.steps()[-self.keep :], *due[-1:])}
-        kept = latest | {*self._registered()} | ({best.name} if best else set())
+        due = [path for path in self.steps() if self.due(_step_of(path))]
+        kept = {*self.steps()[-self.keep :], *due[-1:], *kept_checkpoints(self.folder)}
         for old in self.steps():
-            if old.name in kept:
+            if old in kept:
                 continue
             try:
                 shutil.rmtree(old)

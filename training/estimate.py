@@ -104,6 +104,7 @@ def task_flops(params: Params, stage: str, task: str, prompt_tokens: int) -> lis
         references_of(task),
         section.lora.rank if section.lora else None,
         reads_latents(params, stage, task),
+        params.latents.vision and reads_latents(params, stage, task),
         params.launch.gradient_checkpointing,
     )
 

@@ -20,6 +20,7 @@ from model.vlm import build_vlm
 from runtime.params import STAGES, Params
 from training.estimate import (
     ASSUMED,
+    GPUS,
     EstimateRefused,
     batch_of,
     memory_of,
@@ -31,6 +32,7 @@ from training.estimate import (
 )
 from training.losses import flow_matching_loss
 from training.optim import build_optimizer
+from training.sharding import checkpoint_activations
 from training.stages import freeze_for
 
 WARMUP, REPEATS = 1, 3
@@ -110,10 +112,20 @@ def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times)
 
 
+def peak_of(device: torch.device, precision: str) -> float:
+    """FLOP/s against which utilisation is told: as published for bf16 on a GPU that is known here, else measured."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device).lower()
+        for known, gpu in GPUS.items():
+            if known in name:
+                return gpu.peak
+    return measured_peak(device, precision)
+
+
 def measured_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large square matrix product, which is the most that this machine gives."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    """FLOP/s of a large square matrix product, which is the most that this machine gives. Draws nothing from global generators."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * size**3 / seconds_of(lambda: a @ a, device)
 
 
@@ -159,7 +171,7 @@ def _measure_stage(params: Params, stage: str, prompt_tokens: int, device: torch
     section = getattr(params, stage)
     trained = freeze_for(model, stage, getattr(section, "lora", None))
     if params.launch.gradient_checkpointing:
-        model.dit.enable_gradient_checkpointing()
+        checkpoint_activations(model)
     optimizer = build_optimizer(trained.values(), section.optimizer)
     batch, micro = batch_of(params, stage)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=params.launch.precision == "bf16")

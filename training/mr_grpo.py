@@ -32,6 +32,7 @@ from training.publish import publish_stage, remember_start
 from training.randomness import quantiles, sample_noise
 from training.rewards import SceneParts, Scores, advantages
 from training.sde import log_prob, sde_step
+from training.sharding import checkpoint_activations
 from training.stages import freeze_for
 from training.supervised import agreed, load_parent
 from training.tracking import Tracker, track
@@ -90,6 +91,8 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
     if state.data:
         loader.restore(state.data)
     batches = iter(loader)
+    if run.params.launch.gradient_checkpointing:
+        checkpoint_activations(model)
     wrapped = accelerator.prepare_model(model)
     reward = SceneParts(list(config.rewards))
     weights = torch.tensor([config.rewards[name] for name in reward.names])

@@ -34,6 +34,8 @@ def read_plugin(strategy: str) -> Any:
 def spread(accelerator: Accelerator, config: LaunchConfig, model: DeepGen, state: TrainState) -> nn.Module:
     """The module whose forward pass trains. With fsdp2 that is `model` itself: its parameters, and all that `state` holds of them, are
     shards from here on. The autoencoder, which is used outside of the forward pass, stays whole on every rank."""
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     if config.compile:
         compile_blocks(model)
     if config.strategy != "fsdp2":
@@ -62,6 +64,14 @@ def spread(accelerator: Accelerator, config: LaunchConfig, model: DeepGen, state
         state.ema.parameters = state.trained
         state.ema.average = {name: shard(value, after[name]) for name, value in state.ema.average.items()}
     return model
+
+
+def checkpoint_activations(model: DeepGen) -> None:
+    """Keep of the DiT's blocks, and of the language model's layers where LoRA trains them, their inputs alone, and run them once more in
+    the backward pass. A frozen language model reads its prompt without gradients, into a cache that no layer may drop."""
+    model.dit.enable_gradient_checkpointing()
+    if model.train_vlm:
+        model.vlm.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def compile_blocks(model: DeepGen, backend: str = "inductor") -> None:

@@ -37,6 +37,7 @@ from training.ranks import whole
 from training.sharding import gathered, spread
 from training.stages import freeze_for, parent_of
 from training.tracking import Tracker, track
+from training.validation import LOSS as HELD_OUT_LOSS
 from training.validation import Validation
 
 
@@ -132,7 +133,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     batches = iter(loader)
     wrapped = spread(accelerator, run.params.launch, model, state)
     model.train()
-    curves = Curves(accelerator, model, config, stage)
+    curves = Curves(accelerator, model, run.params, stage)
     validation = Validation(run, config, accelerator, model, state, tracker)
     tracker.checkpoints(checkpoints.steps(), state.history)
     stopped, log = False, run.folder / "progress.jsonl" if rank() == 0 else None
@@ -178,7 +179,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
             stopped = agreed(accelerator, bool(run.stop)) and not done
             if checkpoints.due(state.step) or stopped or done:
                 tracker.flush()  # a resumed process does not log these steps again
-                checkpoints.save(gathered(state))
+                checkpoints.save(gathered(state), held_out.get(HELD_OUT_LOSS))
                 tracker.checkpoints(checkpoints.steps(), state.history)
     if stopped:
         raise Interrupted(

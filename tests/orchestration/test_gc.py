@@ -13,6 +13,7 @@ from orchestration.gc import Garbage, find_garbage, remove_garbage, size_of
 from orchestration.registry import Registry
 from runtime.files import write_json
 from runtime.recipe import load_stages
+from runtime.run_folder import register_checkpoint, tell_score
 from runtime.stage import stage_digests
 from tests.orchestration.conftest import Toy, make_toy
 
@@ -111,8 +112,10 @@ def test_artifacts_of_young_and_running_mlflow_runs_stay(clean: Toy):
 def test_damaged_checkpoints_those_before_the_last_of_a_finished_run_and_leftovers_of_the_dead_go(clean: Toy):
     root = clean.root
     folder = run_folder(root, "run", when=time.time())
-    for name in ("step-000002", "step-000004", "step-000001.bad"):
+    for name in ("step-000001", "step-000002", "step-000003", "step-000004", "step-000001.bad"):
         write_json(folder / name / "complete.json", {})
+    tell_score(folder / "step-000001", 0.5)
+    register_checkpoint(folder / "step-000003")
     assert found(clean) == {f"{folder.relative_to(root)}/step-000001.bad"}, "an unfinished run keeps what it may go back to"
     write_json(folder / "ended.json", {"state": "finished", "error": None, "time": time.time()})
     (root / "outputs" / ".sft.999999999.old").mkdir()

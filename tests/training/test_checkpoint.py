@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from runtime.files import read_json, sha256_file, sweep_stale, write_json
+from runtime.run_folder import best_checkpoint, register_checkpoint, tell_score
 from training import checkpoint
 from training.checkpoint import FORMAT, UPGRADES, CannotSave, Checkpoints, NewerFormat, TrainState, read_checkpoint
 from training.optim import EMA
@@ -214,15 +215,17 @@ def test_the_latest_the_best_and_the_registered_are_kept(tmp_path: Path):
         state.step = step
         checkpoints.save(state, score=loss)
         if step == 2:
-            checkpoints.register(2)
+            register_checkpoint(tmp_path / "step-000002")
     assert names(checkpoints) == [2, 3, 6, 7], "of two equally good the earlier is the best"
-    assert checkpoints.best() == tmp_path / "step-000003"
+    assert best_checkpoint(tmp_path) == tmp_path / "step-000003"
     state.step = 8
     checkpoints.save(state)
-    checkpoints.tell_score(8, 0.1)  # as a validation does that looks at the saved weights
+    tell_score(tmp_path / "step-000008", 0.1)  # as a validation does that looks at the saved weights
     state.step = 9
     checkpoints.save(state)
     assert names(checkpoints) == [2, 8, 9]
+    with pytest.raises(FileNotFoundError, match="step-000003: no whole checkpoint"):
+        register_checkpoint(tmp_path / "step-000003")
 
 
 def test_steps_are_in_the_order_of_their_numbers_beyond_a_million(tmp_path: Path):

@@ -13,11 +13,14 @@ import torch
 from pydantic import ValidationError
 
 from data.loader import Loader
+from model.flops import total
 from model.parts import part_of
+from model.prompts import prompt_tokens
 from runtime.exits import Interrupted, StopRequest
 from runtime.files import read_json, tensors_digest
 from training.config import EarlyStopConfig, SupervisedConfig
 from training.curves import Curves, gradient_norms, loss_by_sigma
+from training.estimate import task_flops
 from training.optim import EMA
 from training.stages import freeze_for
 from training.supervised import batch_loss, load_parent
@@ -152,7 +155,8 @@ def test_ranks_share_the_held_out_samples_and_groups_are_means_of_them(built: Pa
             with aside(model):
                 validation.measure()
             tables[count, index] = rank.given
-        assert torch.equal(tables[1, 0], sum(tables[3, index] for index in range(3)))
+        torch.testing.assert_close(tables[1, 0], sum(tables[3, index] for index in range(3)), rtol=1e-5, atol=0)
+        assert all(((tables[3, 0] != 0) != (tables[3, index] != 0)).all(0).any() for index in (1, 2)), "each rank has rows of its own"
         with aside(model):
             validation = Validation(run, config, Rank(0, 1), model, state, None)  # type: ignore[arg-type]
             row = validation.measure()
@@ -178,7 +182,7 @@ def test_curves_know_the_sigmas_that_the_model_was_asked_at_and_norms_by_part_ma
         trained = freeze_for(model, "alignment")
         asked = []
         model.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[1]))
-        curves = Curves(Rank(0, 1), model, config, "alignment")  # type: ignore[arg-type]
+        curves = Curves(Rank(0, 1), model, run.params, "alignment")  # type: ignore[arg-type]
         mixture = read_json(built / "outputs" / "mixture" / "alignment.json")
         for latents in (None, built / "outputs" / "latents"):
             for batch, _ in zip(Loader(mixture, built / "outputs" / "shards", 4, latents=latents), range(4), strict=False):
@@ -190,3 +194,22 @@ def test_curves_know_the_sigmas_that_the_model_was_asked_at_and_norms_by_part_ma
         assert norms.keys() == {f"grad_norm/{part_of(name)}" for name in trained}
         whole = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained.values()])
         assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(float(whole))
+
+
+def test_model_flops_are_those_of_the_samples_seen_and_utilisation_is_their_rate_over_the_peak(built: Path, monkeypatch):
+    with begin(built, "alignment") as run:
+        model, config = load_parent(run, "alignment"), run.params.alignment
+        rank = Rank(0, 1)
+        curves = Curves(rank, model, run.params, "alignment")  # type: ignore[arg-type]
+        mixture = read_json(built / "outputs" / "mixture" / "alignment.json")
+        expected = 0.0
+        latents = built / "outputs" / "latents"
+        for batch, _ in zip(Loader(mixture, built / "outputs" / "shards", 4, latents=latents), range(4), strict=False):
+            curves.add(batch, torch.zeros(4))
+            tokens = round(sum(len(prompt_tokens(model.tokenizer, prompt, [], 999)) for prompt in batch.prompts) / 4 - 0.5)
+            expected += 4 * total(task_flops(run.params, "alignment", batch.task, tokens)).model
+        monkeypatch.setattr("training.curves.time.monotonic", lambda: curves.since + 0.5)
+        row = curves.row(config.steps, {})
+        assert curves.peak > 1e9
+        assert row["mfu"] == pytest.approx(expected / (0.5 * curves.peak), rel=1e-3)
+        assert row["samples_per_s"] == pytest.approx(32)
