@@ -23,7 +23,7 @@ from training.config import SupervisedConfig
 
 GIB = 2**30
 FP32 = 4  # bytes
-SHARDINGS = ("ddp", "zero2", "fsdp")
+SHARDINGS = ("ddp", "zero2", "fsdp2")
 
 
 class EstimateRefused(Plain):
@@ -208,17 +208,21 @@ class Memory:
 
 
 def memory_of(params: Params, stage: str, weights: Weights, ranks: int, sharding: str, prompt_tokens: int) -> Memory:
-    """Of a rank under `sharding`: `ddp` (all on every rank), `zero2` (master weights, gradients and moments divided) or `fsdp`
-    (everything divided, and two of the largest blocks gathered)."""
+    """Of a rank under `sharding`: `ddp` (all on every rank), `zero2` (gradients and moments divided, weights whole: fsdp2 that doesn't
+    reshard) or `fsdp2` (everything divided, and two of the largest blocks gathered).
+
+    Weights are float32, frozen ones too; with bf16 autocast keeps a copy of those that train until the step is over.
+    """
     wide = params.launch.precision == "bf16"
     compute = 2 if wide else FP32
-    master = FP32 if wide else 0  # beside the bf16 copies that the passes read
-    part = 1 / ranks
-    states = part if sharding != "ddp" else 1.0
-    whole = part if sharding == "fsdp" else 1.0
-    held = whole * compute * (weights.frozen + weights.trained) + states * master * weights.trained
-    if sharding == "fsdp":
-        held += 2 * compute * weights.largest_block
+    copies = 2 if wide else 0
+    states = 1.0 if sharding == "ddp" else 1 / ranks
+    count = weights.frozen + weights.trained
+    if sharding == "fsdp2":
+        held = states * FP32 * count + 2 * (FP32 + copies) * weights.largest_block
+    else:
+        held = FP32 * count + copies * weights.trained
+    whole = states if sharding == "fsdp2" else 1.0
     references = max(references_of(task) for task in task_shares(params, stage))
     elements = activation_elements(
         params.model, stage, params.data.image_size, prompt_tokens, references, params.launch.gradient_checkpointing
@@ -279,12 +283,12 @@ def estimate_stage(
         row("cost", hours * gpus * rate["price_per_gpu_hour"], "USD", f"h x {gpus} x price_per_gpu_hour", *both, "price_per_gpu_hour"),
     ]
     kept = "4 B + 2 B of a bf16 copy" if width == 2 else "4 B"
-    divided = {"ddp": "nothing divided", "zero2": "master weights, gradients, moments / ranks", "fsdp": "all / ranks, two blocks gathered"}
+    divided = {"ddp": "nothing divided", "zero2": "gradients, moments / ranks", "fsdp2": "all / ranks, two blocks gathered"}
     for name, held in memory.items():
         parts = {"weights": held.weights, "gradients": held.gradients, "moments": held.moments, "average": held.average}
         shown = " + ".join(f"{part} {value / GIB:.3g}" for part, value in (parts | {"activations": held.activations}).items() if value)
         fits = "fits" if held.total < 0.9 * gpu.memory else "does NOT fit 0.9 of the GPU's memory"
-        formula = f"{shown}; trained {kept}, 4 B gradient, 8 B moments, frozen {width} B; {divided[name]}; {fits}"
+        formula = f"{shown}; trained {kept}, 4 B gradient, 8 B moments, frozen 4 B; {divided[name]}; {fits}"
         rows.append(Row(f"{stage}: memory, {name}", held.total / GIB, "GiB", formula, "counted, activations by a stated rule"))
     return rows
 

@@ -141,9 +141,10 @@ def test_thrice_the_gpus_take_a_third_of_the_time_and_cost_the_same_and_sharding
         assert rows["sft: timeh"].value == pytest.approx(nano.sft.steps * seconds / 3600)
         assert rows["sft: costUSD"].value == pytest.approx(rows["sft: timeh"].value * gpus * 3.0)
     weights = weights_of(nano, "sft")
-    ddp, zero2, fsdp = (memory_of(nano, "sft", weights, 64, sharding, TOKENS) for sharding in SHARDINGS)
-    assert ddp.moments == 8 * weights.trained == 64 * zero2.moments == 64 * fsdp.moments
-    assert ddp.total > zero2.total > fsdp.total
+    ddp, zero2, fsdp2 = (memory_of(nano, "sft", weights, 64, sharding, TOKENS) for sharding in SHARDINGS)
+    assert ddp.moments == 8 * weights.trained == 64 * zero2.moments == 64 * fsdp2.moments
+    assert ddp.total > zero2.total > fsdp2.total
+    assert ddp.weights == 4 * (weights.frozen + weights.trained), "float32, frozen ones too, as stages load them"
     alone = [memory_of(nano, "sft", weights, 1, sharding, TOKENS).total for sharding in ("ddp", "zero2")]
     assert alone[0] == alone[1], "one rank has nobody to share with"
 
