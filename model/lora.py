@@ -24,6 +24,17 @@ def add_lora(model: DeepGen, rank: int, alpha: float, dropout: float = 0.0) -> N
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target), model.vlm)
 
 
+def lora_targets(model: DeepGen) -> str:
+    """What is adapted, in words; "none" without adapters."""
+    names = [name.split(".") for name, module in model.vlm.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not names:
+        return "none"
+    config = model.vlm.peft_config["default"]
+    layers = sorted({int(name[name.index("layers") + 1]) for name in names})
+    linears = ", ".join(sorted({name[-1] for name in names}))
+    return f"rank {config.r}, alpha {config.lora_alpha:g}, on {linears} of language layers {layers[0]} to {layers[-1]}"
+
+
 def save_lora(model: DeepGen, folder: Path) -> None:
     """The adapters alone, in peft's names, with rank and alpha beside them."""
     config = model.vlm.peft_config["default"]

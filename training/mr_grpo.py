@@ -28,7 +28,7 @@ from training.heartbeat import watch_ranks
 from training.launch import build_accelerator
 from training.losses import clipped_ratio_loss, flow_matching_loss, velocity_kl
 from training.optim import build_optimizer, set_learning_rate
-from training.publish import publish_stage, remember_start
+from training.publish import publish_stage, remember_start, report_parameters
 from training.randomness import quantiles, sample_noise
 from training.rewards import SceneParts, Scores, advantages
 from training.sde import log_prob, sde_step
@@ -79,6 +79,7 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
     """One optimizer step an update, counted; interrupted and started again it ends with the same weights."""
     config = run.params.mr_grpo
     trained = freeze_for(model, STAGE)
+    report_parameters(run, model, tracker)
     model.to(accelerator.device).eval()
     reference = copy.deepcopy(model.dit).requires_grad_(False) if config.kl_weight else None
     optimizer = build_optimizer(trained.values(), config.optimizer)

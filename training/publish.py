@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.deepgen import DeepGen
+from model.lora import lora_targets
+from model.parts import parameter_report
 from model.weights import save_model
 from runtime.files import read_json, tensors_digest, write_json
 from runtime.stage import StageRun
@@ -45,6 +47,17 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[d
     shown = {"curves": run.out / "curves.png", "samples": run.out / "grid.png"}
     run.publish(folder)
     run.report(numbers | losses, shown)
+
+
+def report_parameters(run: StageRun, model: DeepGen, tracker: Tracker) -> None:
+    """What trains and what is frozen, by part, with dtypes and LoRA's targets: to the log, MLflow and Dagster."""
+    rows = parameter_report(model.named_parameters())
+    texts = {f"parameters.{row['part']}": "trained {trained:,}, frozen {frozen:,}, {dtype}".format(**row) for row in rows}
+    texts["parameters.lora"] = lora_targets(model)
+    for name, text in texts.items():
+        print(f"  {name.removeprefix('parameters.'):<13} {text}", flush=True)
+    tracker.tag(**texts)
+    run.report(texts)
 
 
 def remember_start(run: StageRun, model: DeepGen) -> None:

@@ -15,7 +15,6 @@ from model.config import ModelConfig
 from model.deepgen import DeepGen, References, rows_of, stacked
 from model.flow import interpolate, sigmas_at, velocity_target
 from model.lora import merge_lora
-from model.parts import parameter_report
 from model.vae import posterior_of, scale_latents, to_pixels
 from model.weights import WeightsMismatch, load_foundation, load_model
 from runtime.exits import Interrupted
@@ -31,7 +30,7 @@ from training.latents import refuse_other_encoders
 from training.launch import build_accelerator
 from training.losses import flow_matching_loss
 from training.optim import EMA, build_optimizer, set_learning_rate
-from training.publish import publish_stage, remember_start
+from training.publish import publish_stage, remember_start, report_parameters
 from training.randomness import coin_flips, generator, quantiles, sample_noise
 from training.ranks import whole
 from training.sharding import gathered, spread
@@ -48,8 +47,7 @@ def run_supervised(run: StageRun, stage: str) -> None:
         model = load_parent(run, stage)
         remember_start(run, model)
         trained = freeze_for(model, stage, getattr(run.params, stage).lora)
-        for row in parameter_report(model.named_parameters()):
-            print("  {part:<13} trained {trained:>12,}  frozen {frozen:>12,}  {dtype}".format(**row), flush=True)
+        report_parameters(run, model, tracker)
         state = train(run, stage, accelerator, model, trained, tracker)
         if state.ema is not None:
             state.ema.copy_to_parameters()

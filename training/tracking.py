@@ -91,6 +91,7 @@ class Tracker:
             run_folder=str(run.folder.relative_to(run.root)),
             **{f"digest.{name}": digest for name, digest in run.digests.items()},
             **parent_tags(run),
+            **{"mlflow.source.name": run.stage.cmd, "mlflow.source.type": "LOCAL", "mlflow.note.content": run.stage.desc},
         )
 
     def log(self, step: int, **values: float) -> None:

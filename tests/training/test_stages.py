@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model.lora import lora_targets
 from model.parts import TRAINED, parameter_report
 from model.weights import WeightsMismatch
 from training.config import LoRAConfig, OptimizerConfig
@@ -34,6 +35,8 @@ def test_lora_is_not_put_where_it_could_not_learn(model):  # noqa: F811
     trained = freeze_for(model, "sft", LoRAConfig(rank=2, alpha=4.0))
     layers = {int(name.split("layers.")[1].split(".")[0]) for name in trained if ".lora_" in name}
     assert layers == set(range(max(model.connector.config.stacked_layers)))
+    linears = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert lora_targets(model) == f"rank 2, alpha 4, on {linears} of language layers 0 to {max(layers)}"
     assert not any("lm_head" in name or "embed_tokens" in name for name in trained)
 
 

@@ -228,7 +228,7 @@ def test_a_stage_without_a_store_ends_with_the_same_bytes_and_its_trace_comes_la
     (experiment,) = [e for e in client.search_experiments() if e.name == "deepgen"]
     (logged,) = client.search_runs([experiment.experiment_id])
     metrics, tags = logged.data.metrics, logged.data.tags
-    names = "loss lr grad_norm grad_norm/connector grad_norm/think_tokens samples_per_s tokens_per_s loss_text_to_image held_out/loss"
+    names = "loss lr grad_norm grad_norm/connector grad_norm/think_tokens samples_per_s tokens_per_s mfu loss_text_to_image held_out/loss"
     assert set(names.split()) <= metrics.keys()
     assert any(name.startswith("loss_by_sigma/") for name in metrics) and "system/cpu_utilization_percentage" in metrics
     assert [metric.step for metric in client.get_metric_history(logged.info.run_id, "loss")] == [1, 2, 3, 4]
@@ -239,6 +239,9 @@ def test_a_stage_without_a_store_ends_with_the_same_bytes_and_its_trace_comes_la
     models = {model.name: model for model in client.search_logged_models([experiment.experiment_id])}
     assert sorted(models) == [f"alignment-step-00000{step}" for step in (2, 3, 4)]
     assert models["alignment-step-000004"].tags["uri"].endswith("/step-000004")
+    assert tags["mlflow.source.name"] == "python -m training alignment"
+    assert tags["parameters.dit"].startswith("trained 0, frozen ") and tags["parameters.lora"] == "none"
+    assert run.metadata["parameters.connector"] == tags["parameters.connector"], "Dagster shows the same"
     held_out = {metric.key: metric.value for metric in models["alignment-step-000004"].metrics}
     assert held_out["held_out/loss"] == metrics["held_out/loss"]
     assert not models["alignment-step-000003"].metrics
