@@ -4,7 +4,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ MAD_TO_STD = 1.4826  # of a normal distribution
 
 class NonFiniteLoss(Plain):
     """Losses or gradients were NaN or infinite. No weight was changed by those steps."""
+
+
+class OutOfMemory(Plain):
+    """The device has not the memory that a step takes."""
+
+
+@contextmanager
+def memory_advice(stage: str, micro_batch_size: int) -> Iterator[None]:
+    """Raises OutOfMemory, saying what takes less, in place of torch's own error."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{stage}: {str(error).splitlines()[0]} Lower {stage}.micro_batch_size ({micro_batch_size}; the result stays, by "
+            "batch_size), or set launch.gradient_checkpointing: true, or launch.strategy: fsdp2 with more ranks. Other params begin a new "
+            "run folder."
+        ) from error
 
 
 class Guard:

@@ -23,7 +23,7 @@ from runtime.progress import Progress
 from runtime.stage import StageRun, rank
 from training.checkpoint import Checkpoints, TrainState
 from training.config import MRGRPOConfig
-from training.guards import NonFiniteLoss
+from training.guards import NonFiniteLoss, memory_advice
 from training.heartbeat import watch_ranks
 from training.launch import build_accelerator
 from training.losses import clipped_ratio_loss, flow_matching_loss, velocity_kl
@@ -101,6 +101,7 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
     log = run.folder / "progress.jsonl" if rank() == 0 else None
     with (
         watch_ranks(run.folder, run.params.launch.hang_seconds) as heartbeat,
+        memory_advice(STAGE, config.micro_batch_size),
         Progress(config.steps, "step", STAGE, log, start=state.step) as progress,
     ):
         while state.step < config.steps and not stopped:

@@ -24,7 +24,7 @@ from runtime.stage import StageRun, rank
 from training.checkpoint import Checkpoints, TrainState
 from training.config import SupervisedConfig
 from training.curves import Curves
-from training.guards import Guard
+from training.guards import Guard, memory_advice
 from training.heartbeat import watch_ranks
 from training.latents import refuse_other_encoders
 from training.launch import build_accelerator
@@ -137,6 +137,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     stopped, log = False, run.folder / "progress.jsonl" if rank() == 0 else None
     with (
         watch_ranks(run.folder, run.params.launch.hang_seconds) as heartbeat,
+        memory_advice(stage, config.micro_batch_size),
         checkpoints,
         Progress(config.steps, "step", stage, log, start=state.step, samples=config.batch_size) as progress,
     ):

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from data.loader import Loader
 from runtime.exits import Interrupted
 from training import supervised
 from training.checkpoint import Checkpoints, TrainState
-from training.guards import NonFiniteLoss, deviations
+from training.guards import NonFiniteLoss, OutOfMemory, deviations
 
 from .conftest import begin
 from .faulty_rank import with_fault
@@ -142,3 +143,14 @@ def test_deviations_are_those_of_a_normal_distribution_and_do_not_mind_outliers(
     assert deviations(5.0, normal) == pytest.approx(4.0, rel=0.01)
     assert deviations(5.0, [*normal, *[1e9] * 20]) == pytest.approx(4.0, rel=0.08)
     assert deviations(9.0, [1.0] * 50) == 0.0
+
+
+def test_too_little_memory_is_told_with_what_takes_less(train, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand a page of figures")
+
+    monkeypatch.setattr(Loader, "batch", full)
+    with pytest.raises(
+        OutOfMemory, match=r"^alignment: CUDA out of memory\. Tried to allocate 2 GiB\. Lower alignment\.micro_batch_size \(2;"
+    ):
+        train()
