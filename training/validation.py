@@ -57,14 +57,10 @@ class Validation:
     ) -> None:
         self.run, self.config, self.accelerator, self.model, self.state, self.tracker = run, config, accelerator, model, state, tracker
         self.batches = list(held_out(run)) if config.validate_every else []
-        self.patience = Patience(config.early_stop)
-        for row in state.history:
-            if LOSS in row:
-                self.patience.see(row[LOSS])
 
     @property
     def over(self) -> bool:
-        return self.patience.over
+        return any(STOPPED in row for row in self.state.history[-1:])
 
     def look(self, step: int) -> dict[str, float]:
         """The held-out row where step `step` has one, else nothing; draws the board where it is due."""
@@ -72,8 +68,10 @@ class Validation:
         if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
             with aside(self.model, self.state.ema):
                 row = self.measure()
-            self.patience.see(row[LOSS])
-            if self.over:
+            patience = Patience(config.early_stop)  # counted anew: a rollback takes rows of the history back
+            for loss in [*(past[LOSS] for past in self.state.history if LOSS in past), row[LOSS]]:
+                patience.see(loss)
+            if patience.over:
                 row[STOPPED] = 1.0
         if config.board_every and step % config.board_every == 0:
             picture = self.run.folder / "boards" / f"step-{step:06d}.png"
