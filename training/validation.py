@@ -67,10 +67,11 @@ class Validation:
         config, row = self.config, {}
         if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
             with aside(self.model, self.state.ema):
-                row = self.measure()
+                row = self.finite(self.measure(), step)
             patience = Patience(config.early_stop)  # counted anew: a rollback takes rows of the history back
-            for loss in [*(past[LOSS] for past in self.state.history if LOSS in past), row[LOSS]]:
-                patience.see(loss)
+            for past in [*self.state.history, row]:
+                if LOSS in past:
+                    patience.see(past[LOSS])
             if patience.over:
                 row[STOPPED] = 1.0
         if config.board_every and step % config.board_every == 0:
@@ -79,6 +80,13 @@ class Validation:
                 draw_board(self.run, self.model, picture)
             self.tracker.picture(picture, "boards")
         return row
+
+    def finite(self, row: dict[str, float], step: int) -> dict[str, float]:
+        """What of a held-out row can be kept in a checkpoint; the rest is told of."""
+        odd = [name for name, value in row.items() if not math.isfinite(value)]
+        if odd and rank() == 0:
+            print(f"{self.run.name}: step {step}: no finite number: {', '.join(odd)}", flush=True)
+        return {name: value for name, value in row.items() if name not in odd}
 
     def measure(self) -> dict[str, float]:
         """Mean loss over all held-out samples and SIGMAS, by task, by task and kind, and by sigma."""
