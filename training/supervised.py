@@ -170,6 +170,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
             state.step += 1
             row = {"loss": loss, "grad_norm": float(norm), "lr": rate} | {f"loss_{task}": v for task, v in means.items()}
             held_out = validation.look(state.step)
+            heartbeat.beat()
             state.history.append({"step": state.step} | row | held_out)
             state.data = loader.state()
             if curve or held_out:
@@ -181,6 +182,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 tracker.flush()  # a resumed process does not log these steps again
                 checkpoints.save(gathered(state), held_out.get(HELD_OUT_LOSS))
                 tracker.checkpoints(checkpoints.steps(), state.history)
+                heartbeat.beat()
     if stopped:
         raise Interrupted(
             f"stopped at step {state.step} of {config.steps}, saved in {run.folder.relative_to(run.root)}; the same command goes on"
