@@ -183,6 +183,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 checkpoints.save(gathered(state), held_out.get(HELD_OUT_LOSS))
                 tracker.checkpoints(checkpoints.steps(), state.history)
                 heartbeat.beat()
+    tracker.checkpoints(checkpoints.steps(), state.history)  # one that was written in the background is whole only now
     if stopped:
         raise Interrupted(
             f"stopped at step {state.step} of {config.steps}, saved in {run.folder.relative_to(run.root)}; the same command goes on"
