@@ -45,7 +45,7 @@ def run_supervised(run: StageRun, stage: str) -> None:
     """Train `stage` to its last step and publish its folder."""
     with track(run) as tracker:
         accelerator = build_accelerator(run.params.launch)
-        model = load_parent(run, stage)
+        model = load_parent(run, stage).to(accelerator.device)
         remember_start(run, model)
         trained = freeze_for(model, stage, getattr(run.params, stage).lora)
         for row in parameter_report(model.named_parameters()):
@@ -54,7 +54,7 @@ def run_supervised(run: StageRun, stage: str) -> None:
         if state.ema is not None:
             state.ema.copy_to_parameters()
         if run.params.launch.strategy == "fsdp2":
-            model = reassembled(run, stage, state)
+            model = reassembled(run, stage, state).to(accelerator.device)
         merge_lora(model)
         if rank() == 0:
             publish_stage(run, stage, model, state.history, tracker)
