@@ -16,7 +16,19 @@ from runtime.files import read_json
 from runtime.mlflow_store import locked
 from runtime.params import Params, parse_params
 from runtime.recipe import load_stages
-from runtime.run_folder import checkpoints, claimed, ending_of, kept_checkpoints, last_whole_checkpoint, run_folders, writer_of
+from runtime.run_folder import (
+    NOTE,
+    SPOOL,
+    checkpoints,
+    claimed,
+    ending_of,
+    kept_checkpoints,
+    last_whole_checkpoint,
+    registered_checkpoints,
+    run_folders,
+    waits_for_store,
+    writer_of,
+)
 from runtime.stage import stage_digests
 
 KEEP_DAYS = 30.0
@@ -34,7 +46,8 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Kept:
-    """What must stay: run folders and MLflow runs that the registry names, and paths that dvc.lock names."""
+    """What must stay: run folders and MLflow runs that the registry names, checkpoints that were registered, what MLflow has not got yet,
+    and paths that dvc.lock names."""
 
     folders: frozenset[Path]
     runs: frozenset[str]
@@ -60,7 +73,8 @@ def find_garbage(root: Path, params: Params, keep_days: float = KEEP_DAYS, now: 
 
 
 def read_kept(root: Path, registry: Registry) -> Kept:
-    """Runs of every version and of its training stages, their run folders, and dvc.lock's inputs and outputs."""
+    """Runs of every version and of its training stages, their run folders; registered checkpoints and spools that wait; dvc.lock's inputs
+    and outputs."""
     runs: set[str] = set()
     for version in _pages(registry.client.search_model_versions):
         tags = dict(version.tags)
@@ -74,9 +88,12 @@ def read_kept(root: Path, registry: Registry) -> Kept:
         if place:
             folders.add((root / place).resolve())
     for folder in run_folders(root):  # the store may have lost a run that a version names
-        note = folder / "mlflow.json"
+        note = folder / NOTE
         if note.is_file() and read_json(note).get("run_id") in runs:
             folders.add(folder.resolve())
+        folders |= {checkpoint.resolve() for checkpoint in registered_checkpoints(folder)}
+        if waits_for_store(folder):
+            folders.add((folder / SPOOL).resolve())
     return Kept(frozenset(folders), frozenset(runs), frozenset(_recorded(root)))
 
 

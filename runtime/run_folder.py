@@ -12,6 +12,8 @@ from runtime.files import read_json, write_atomic, write_json
 
 SCORES = "scores.json"  # held-out loss of each checkpoint that was asked, by its name
 REGISTERED = "registered"  # names of checkpoints that must stay, one a line
+SPOOL = "tracking.jsonl"  # what is logged, on its way to MLflow
+NOTE = "mlflow.json"  # the MLflow run, and how many bytes of the spool have arrived there
 ENDED = "ended.json"  # state, error and time, written when the command ends; absent while it runs and after a SIGKILL
 
 
@@ -107,10 +109,21 @@ def best_checkpoint(folder: Path) -> Path | None:
     return min((path for path in checkpoints(folder) if path.name in scores), key=lambda path: scores[path.name], default=None)
 
 
+def registered_checkpoints(folder: Path) -> set[Path]:
+    return {folder / name for name in _registered(folder)}
+
+
 def kept_checkpoints(folder: Path) -> set[Path]:
     """The best and the registered."""
     best = best_checkpoint(folder)
-    return {folder / name for name in _registered(folder)} | ({best} if best else set())
+    return registered_checkpoints(folder) | ({best} if best else set())
+
+
+def waits_for_store(folder: Path) -> bool:
+    """Whether MLflow has not got all that was logged; a last line that was cut by a kill never will be."""
+    content = (folder / SPOOL).read_bytes() if (folder / SPOOL).exists() else b""
+    sent = read_json(folder / NOTE)["sent"] if (folder / NOTE).exists() else 0
+    return content.rfind(b"\n") + 1 > sent
 
 
 def _scores(folder: Path) -> dict[str, float]:

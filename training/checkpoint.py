@@ -294,8 +294,8 @@ def read_checkpoint(folder: Path) -> tuple[Files, Facts]:
         hashes: dict[str, str] = read_json(folder / "complete.json")
     except (OSError, ValueError) as error:
         raise CheckpointCorrupt(f"complete.json: {error}") from error
-    if missing := sorted(ALWAYS - set(hashes)):
-        raise CheckpointCorrupt(f"complete.json: does not name {missing}")
+    if "state.json" not in hashes:
+        raise CheckpointCorrupt("complete.json: does not name state.json")
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise CheckpointCorrupt(f"{name} is missing")
@@ -309,6 +309,8 @@ def read_checkpoint(folder: Path) -> tuple[Files, Facts]:
             f"{folder}: has format {facts['format']}, this code reads up to {FORMAT}. Go on with the code that wrote it, or move it away "
             "to go on from the one before."
         )
+    if missing := sorted(ALWAYS - set(hashes)):
+        raise CheckpointCorrupt(f"complete.json: does not name {missing}")
     tensors = {Path(name).stem: load_file(folder / name) for name in hashes if name.endswith(".safetensors")}
     while facts["format"] < FORMAT:
         tensors, facts = UPGRADES[facts["format"]](tensors, facts)

@@ -88,12 +88,15 @@ class Curves:
 
 
 def loss_by_sigma(accelerator: Accelerator, losses: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Mean loss in each bin of sigma that was drawn from, over all ranks; each pair is loss and sigma, (B,) both."""
+    """Mean loss in each bin of sigma that was drawn from, over all ranks; each pair is loss and sigma, (B,) both.
+
+    Losses that are no finite number are left out: their steps were skipped, and `guards.jsonl` has them.
+    """
     loss_N = torch.cat([loss for loss, _ in losses]).float()
     bin_N = (torch.cat([sigmas for _, sigmas in losses]) * BINS).long().clamp(max=BINS - 1).to(loss_N.device)
-    sums = torch.zeros(2, BINS, device=loss_N.device)
-    sums[0].index_add_(0, bin_N, loss_N)
-    sums[1].index_add_(0, bin_N, torch.ones_like(loss_N))
+    sums, finite_N = torch.zeros(2, BINS, device=loss_N.device), loss_N.isfinite()
+    sums[0].index_add_(0, bin_N, loss_N.where(finite_N, 0.0))
+    sums[1].index_add_(0, bin_N, finite_N.float())
     totals, counts = accelerator.reduce(sums, "sum").tolist()
     names = [f"loss_by_sigma/{index / BINS:.2f}-{(index + 1) / BINS:.2f}" for index in range(BINS)]
     return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}

@@ -247,7 +247,7 @@ def estimate_stage(
     """
     batch, micro = batch_of(params, stage)
     if gpus < 1 or batch % (gpus * micro):
-        raise EstimateRefused(f"--gpus {gpus}: {stage} has {batch} samples a step in micro-batches of {micro}; expected a divisor of both.")
+        raise EstimateRefused(f"--gpus {gpus}: {stage} has {batch // micro} micro-batches a step; expected a divisor of that number.")
     rate = {key: assumed.value for key, assumed in ASSUMED.items()} | dict(rates)
     utilisation, steps = f"utilisation_{stage}", getattr(params, stage).steps
     flops, weights = total(stage_flops(params, stage, prompt_tokens)), weights_of(params, stage)

@@ -29,7 +29,7 @@ class Heartbeat:
         self.over = threading.Event()
 
     def beat(self) -> None:
-        """A step was finished."""
+        """A step, a look at held-out samples or a save was finished."""
         self.last = time.monotonic()
         if self.seconds:
             faulthandler.dump_traceback_later(self.seconds, file=self.file)

@@ -1,19 +1,30 @@
 """The one seam at which training processes start, and the accelerator they get."""
 
 import importlib.util
+import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import distributed
 
+from runtime import exits
 from runtime.exits import Plain
+from runtime.stage import rank
 from training.config import LaunchConfig
 
 START = 60.0  # seconds
+ALONE = 30.0
+MEETING = "DEEPGEN_MEETING"  # the file at which ranks find each other
 
 
 class WorldSizeMismatch(Plain):
@@ -25,15 +36,52 @@ class LaunchRefused(Plain):
 
 
 def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
-    """Become torchrun where several ranks are asked for and this is not one of them yet; return in the rank that trains.
+    """Start the ranks of a command and end as they do, where several are asked for; return in the rank that trains.
 
-    `accelerate launch --cpu --num_processes 2` silently starts one process, so it is not used; accelerate runs inside each rank.
+    torchrun is not used: it ends as failed where the ranks were interrupted, kills a save after 30 s, and its store listens to the network
+    and unpickles. These ranks meet at a file.
     """
     if config.processes == 1 or "RANK" in os.environ:
         return
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}", "-m", *arguments]
-    os.execv(sys.executable, command)
+    exits.exit_with_parent()
+    with tempfile.TemporaryDirectory(prefix="deepgen-ranks-") as folder:
+        shared = {"WORLD_SIZE": str(config.processes), "LOCAL_WORLD_SIZE": str(config.processes), "OMP_NUM_THREADS": str(config.threads)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", MEETING: f"{folder}/meeting"}  # accelerate wants the first two
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"} | shared
+        command = [sys.executable, "-m", *arguments]
+        ranks = [
+            subprocess.Popen(command, env=environment | {"RANK": str(n), "LOCAL_RANK": str(n)}, start_new_session=True)
+            for n in range(config.processes)
+        ]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda received, _: send(ranks, received))
+        sys.exit(wait_for_ranks(ranks))
+
+
+def send(ranks: Sequence["subprocess.Popen[bytes]"], number: int) -> None:
+    for process in ranks:
+        process.send_signal(number)
+
+
+def wait_for_ranks(ranks: Sequence["subprocess.Popen[bytes]"], alone: float = ALONE) -> int:
+    """Until all have ended; the exit code of the first that failed, else INTERRUPTED if one was, else DONE.
+
+    Args:
+        alone: seconds that the others have to end by themselves once one has failed; then they are killed.
+    """
+    failed, deadline = exits.DONE, math.inf
+    while None in (now := [process.poll() for process in ranks]):
+        codes = [code for code in now if code not in (None, exits.DONE, exits.INTERRUPTED)]
+        if codes and not failed:
+            failed, deadline = codes[0], time.monotonic() + alone
+        if time.monotonic() > deadline:
+            send(ranks, signal.SIGKILL)
+        time.sleep(0.1)
+    codes = [process.returncode for process in ranks]
+    failed = failed or next((code for code in codes if code not in (exits.DONE, exits.INTERRUPTED)), exits.DONE)
+    if failed:
+        return failed if failed > 0 else 128 - failed  # as a shell tells of a signal
+    return exits.INTERRUPTED if exits.INTERRUPTED in codes else exits.DONE
 
 
 def refuse_missing(config: LaunchConfig) -> None:
@@ -65,10 +113,15 @@ def build_accelerator(config: LaunchConfig) -> Accelerator:
     """
     refuse_missing(config)
     torch.set_num_threads(config.threads)
+    timeout = timedelta(seconds=config.hang_seconds + START) if config.hang_seconds else None
+    if MEETING in os.environ and not distributed.is_initialized():
+        meeting, size = os.environ[MEETING], int(os.environ["WORLD_SIZE"])
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=distributed.FileStore(meeting, size), rank=rank(), world_size=size, timeout=timeout)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.hang_seconds + START))] if config.hang_seconds else [],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if timeout else [],
     )
     if accelerator.num_processes != config.processes:
         raise WorldSizeMismatch(

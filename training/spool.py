@@ -11,8 +11,8 @@ from typing import Any
 from runtime.exits import Plain
 from runtime.files import read_json, write_json
 from runtime.mlflow_store import open_store
+from runtime.run_folder import NOTE, SPOOL
 
-SPOOL, NOTE = "tracking.jsonl", "mlflow.json"
 TIMEOUT_S = 10  # of one request: what a store that hangs costs an attempt
 PER_BATCH, PER_TEXTS = 1000, 100  # metrics, and params or tags, that MLflow takes in one request
 Event = dict[str, Any]

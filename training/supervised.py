@@ -44,7 +44,7 @@ def run_supervised(run: StageRun, stage: str) -> None:
     """Train `stage` to its last step and publish its folder."""
     with track(run) as tracker:
         accelerator = build_accelerator(run.params.launch)
-        model = load_parent(run, stage)
+        model = load_parent(run, stage).to(accelerator.device)
         remember_start(run, model)
         trained = freeze_for(model, stage, getattr(run.params, stage).lora)
         report_parameters(run, model, tracker)
@@ -52,7 +52,7 @@ def run_supervised(run: StageRun, stage: str) -> None:
         if state.ema is not None:
             state.ema.copy_to_parameters()
         if run.params.launch.strategy == "fsdp2":
-            model = reassembled(run, stage, state)
+            model = reassembled(run, stage, state).to(accelerator.device)
         merge_lora(model)
         if rank() == 0:
             publish_stage(run, stage, model, state.history, tracker)
@@ -169,6 +169,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
             state.step += 1
             row = {"loss": loss, "grad_norm": float(norm), "lr": rate} | {f"loss_{task}": v for task, v in means.items()}
             held_out = validation.look(state.step)
+            heartbeat.beat()
             state.history.append({"step": state.step} | row | held_out)
             state.data = loader.state()
             if curve or held_out:
@@ -180,6 +181,8 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
                 tracker.flush()  # a resumed process does not log these steps again
                 checkpoints.save(gathered(state), held_out.get(HELD_OUT_LOSS))
                 tracker.checkpoints(checkpoints.steps(), state.history)
+                heartbeat.beat()
+    tracker.checkpoints(checkpoints.steps(), state.history)  # one that was written in the background is whole only now
     if stopped:
         raise Interrupted(
             f"stopped at step {state.step} of {config.steps}, saved in {run.folder.relative_to(run.root)}; the same command goes on"

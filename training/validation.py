@@ -57,23 +57,22 @@ class Validation:
     ) -> None:
         self.run, self.config, self.accelerator, self.model, self.state, self.tracker = run, config, accelerator, model, state, tracker
         self.batches = list(held_out(run)) if config.validate_every else []
-        self.patience = Patience(config.early_stop)
-        for row in state.history:
-            if LOSS in row:
-                self.patience.see(row[LOSS])
 
     @property
     def over(self) -> bool:
-        return self.patience.over
+        return any(STOPPED in row for row in self.state.history[-1:])
 
     def look(self, step: int) -> dict[str, float]:
         """The held-out row where step `step` has one, else nothing; draws the board where it is due."""
         config, row = self.config, {}
         if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
             with aside(self.model, self.state.ema):
-                row = self.measure()
-            self.patience.see(row[LOSS])
-            if self.over:
+                row = self.finite(self.measure(), step)
+            patience = Patience(config.early_stop)  # counted anew: a rollback takes rows of the history back
+            for past in [*self.state.history, row]:
+                if LOSS in past:
+                    patience.see(past[LOSS])
+            if patience.over:
                 row[STOPPED] = 1.0
         if config.board_every and step % config.board_every == 0:
             picture = self.run.folder / "boards" / f"step-{step:06d}.png"
@@ -81,6 +80,13 @@ class Validation:
                 draw_board(self.run, self.model, picture)
             self.tracker.picture(picture, "boards")
         return row
+
+    def finite(self, row: dict[str, float], step: int) -> dict[str, float]:
+        """What of a held-out row can be kept in a checkpoint; the rest is told of."""
+        odd = [name for name, value in row.items() if not math.isfinite(value)]
+        if odd and rank() == 0:
+            print(f"{self.run.name}: step {step}: no finite number: {', '.join(odd)}", flush=True)
+        return {name: value for name, value in row.items() if name not in odd}
 
     def measure(self) -> dict[str, float]:
         """Mean loss over all held-out samples and SIGMAS, by task, by task and kind, and by sigma."""

@@ -127,6 +127,26 @@ def test_damaged_checkpoints_those_before_the_last_of_a_finished_run_and_leftove
     assert found(clean) == expected
 
 
+def test_an_old_run_with_a_registered_checkpoint_stays(clean: Toy):
+    folder = run_folder(clean.root, "old")
+    write_json(folder / "step-000002" / "complete.json", {})
+    age(folder)
+    listed = find_garbage(clean.root, clean.params)
+    register_checkpoint(folder / "step-000002")
+    age(folder)
+    assert remove_garbage(clean.root, clean.params, listed) == [] and found(clean) == set()
+
+
+def test_an_old_run_stays_while_mlflow_has_not_got_all_of_it(clean: Toy):
+    folder = run_folder(clean.root, "old")
+    (folder / "tracking.jsonl").write_text('{"kind": "run"}\n')
+    age(folder)
+    assert found(clean) == set()
+    write_json(folder / "mlflow.json", {"run_id": "x", "sent": (folder / "tracking.jsonl").stat().st_size})
+    age(folder)
+    assert found(clean) == {str(folder.relative_to(clean.root))}
+
+
 def test_what_dvc_lock_names_stays(clean: Toy):
     (clean.root / "outputs" / "added" / "mine").mkdir(parents=True)
     age(clean.root / "outputs" / "added")

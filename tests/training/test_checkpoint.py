@@ -194,9 +194,10 @@ def test_every_older_format_has_an_upgrade():
     assert sorted(UPGRADES) == list(range(1, FORMAT))
 
 
-def test_a_later_format_is_refused_by_name_and_is_no_damage(saved: Path):
+def test_a_later_format_with_other_files_is_refused_by_name_and_is_no_damage(saved: Path):
     facts = read_json(saved / "step-000003" / "state.json")
     write_json(saved / "step-000003" / "state.json", facts | {"format": FORMAT + 1})
+    (saved / "step-000003" / "random.safetensors").unlink()
     rehash(saved / "step-000003")
     with pytest.raises(NewerFormat, match=f"step-000003: has format {FORMAT + 1}, this code reads up to {FORMAT}"):
         Checkpoints(saved, 1, 9).restore(fresh_state())

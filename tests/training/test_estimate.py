@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.flops import Flops, decode_forward, dit_forward, encode_forward, image_tokens, mfu, total, vision_forward
 from model.vlm import encode_references
 from runtime.params import Params, check_params, load_params
+from training import measure
 from training.estimate import (
     GPUS,
     SHARDINGS,
@@ -167,7 +168,7 @@ def test_rates_that_are_none_of_ours_or_no_numbers_are_refused_naming_the_file(t
 
 
 def test_gpus_that_do_not_divide_the_batch_and_unknown_gpus_are_refused(nano: Params):
-    with pytest.raises(EstimateRefused, match="--gpus 4: sft has 6 samples a step"):
+    with pytest.raises(EstimateRefused, match=r"--gpus 4: sft has \d micro-batches a step; expected a divisor of that number"):
         estimate_stage(nano, "sft", GPUS["h100"], 4, {}, TOKENS)
     arguments = argparse.Namespace(prompt_tokens=TOKENS, image_size=None, rates=None, measure=False, gpu="tpu", gpus=1)
     with pytest.raises(EstimateRefused, match="allowed: a100, h100, h200"):
@@ -180,6 +181,14 @@ def test_a_measured_step_gives_a_utilisation_that_predicts_it(nano: Params):
         batch = {"alignment": 8, "sft": 6, "mr_grpo": 8}[stage]
         assert row["flops_a_step"] / (found["peak_flops"] * row["utilisation"]) == pytest.approx(row["seconds_a_step"])
         assert 0 < row["utilisation"] < 1 and row["flops_a_step"] <= batch * total(stage_flops(nano, stage, TOKENS)).done
+
+
+def test_a_utilisation_is_measured_against_the_peak_that_the_estimate_multiplies_it_with(nano: Params, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "peak_of", lambda device, precision: GPUS["h200"].peak)
+    monkeypatch.setattr(measure, "_measure_stage", lambda *_: (2.0, GPUS["h200"].peak))
+    found = measure_stages(nano, TOKENS)
+    assert (found["peak_flops"], found["peak_by"]) == (GPUS["h200"].peak, "as published")
+    assert {row["utilisation"] for row in found["stages"].values()} == {0.5}
 
 
 def test_parts_add_up():

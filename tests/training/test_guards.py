@@ -107,6 +107,15 @@ def test_after_bad_steps_in_a_row_it_rolls_back_and_goes_on_past_them_interrupte
     assert log_of(project)[-1]["decision"] == "rollback"
 
 
+def test_what_a_rollback_takes_back_does_not_count_for_the_early_stop(train, edit_params, project: Path):
+    """No held-out loss is good enough: with patience 6 the seventh validation ends the stage, whichever steps were taken twice."""
+    hopeless = {"validate_every": 1, "early_stop": {"patience": 6, "min_delta": 1000.0}}
+    edit_params(project, lambda params: params["alignment"].update(hopeless, steps=9, checkpoint_every=4))
+    end = train("nan", steps(6, 8))
+    assert end.guard["rollbacks"] == 1
+    assert [row.get("stopped_early") for row in end.history] == [None] * 6 + [1.0]
+
+
 def test_too_many_bad_steps_stop_the_stage_with_evidence_and_unchanged_weights(train, project: Path, capsys):
     with pytest.raises(
         NonFiniteLoss, match=r"5 bad steps in all, alignment\.guard\.stop_after is 5; .*loss nan.*rank 0: .*bad_steps\.json"

@@ -2,12 +2,17 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data.stages import run_mixture, run_shards
+from model.deepgen import DeepGen
+from runtime.exits import Interrupted
 from runtime.published import ShardMismatch
-from runtime.stage import InputsChanged, Locked, begin_stage, guard
+from runtime.stage import InputsChanged, Locked, StageRun, begin_stage, guard
+from training import supervised
 from training.foundation import run_foundation
 from training.supervised import run_supervised
 
@@ -20,6 +25,21 @@ def test_params_edited_while_a_stage_runs_are_refused_and_nothing_is_published(p
             edit_params(project, lambda params: params["alignment"].update(seed=99))
             run_supervised(run, "alignment")
     assert not (project / "outputs" / "alignment").exists()
+
+
+def test_what_a_stage_starts_from_is_measured_where_it_trains(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """Held-out losses of a large model take hours on the CPU beside an accelerator."""
+    seen: list[torch.device] = []
+
+    def measured(run: StageRun, model: DeepGen) -> None:
+        seen.append(model.device)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(supervised, "build_accelerator", lambda _: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr(supervised, "remember_start", measured)
+    with begin(project, "alignment") as run, pytest.raises(Interrupted):
+        run_supervised(run, "alignment")
+    assert seen == [torch.device("meta")]
 
 
 def test_params_of_other_stages_may_be_edited_meanwhile(project: Path, edit_params):

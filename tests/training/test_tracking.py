@@ -3,6 +3,7 @@
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from PIL import Image
 from runtime.exits import Interrupted
 from runtime.files import read_json, tensors_digest
 from runtime.mlflow_store import open_store
+from training import supervised
+from training.checkpoint import Checkpoints
 from training.spool import NOTE, SPOOL, Spool, StoreUnreachable, replay
 from training.supervised import run_supervised
 from training.tracking import Tracker, track
@@ -246,3 +249,15 @@ def test_a_stage_without_a_store_ends_with_the_same_bytes_and_its_trace_comes_la
     assert held_out["held_out/loss"] == metrics["held_out/loss"]
     assert not models["alignment-step-000003"].metrics
     assert len(client.get_metric_history(logged.info.run_id, "held_out/loss")) == 2
+
+
+def test_the_last_checkpoint_is_told_although_it_was_written_in_the_background(project: Path, edit_params, monkeypatch: pytest.MonkeyPatch):
+    edit_params(project, lambda params: params["alignment"].update(async_checkpoints=True))
+    write = Checkpoints._write
+    monkeypatch.setattr(Checkpoints, "_write", lambda *arguments: time.sleep(0.3) or write(*arguments))
+    for name in ("publish_stage", "remember_start"):
+        monkeypatch.setattr(supervised, name, lambda *_: None)
+    with begin(project, "alignment") as run:
+        run_supervised(run, "alignment")
+    told = [event["name"] for event, _ in Spool(run.folder).read() if event["kind"] == "checkpoint"]
+    assert told == ["alignment-step-000002", "alignment-step-000004"]

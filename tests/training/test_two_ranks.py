@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from runtime import exits
 from training.checkpoint import Checkpoints, read_checkpoint
+from training.launch import wait_for_ranks
 
 from .conftest import REPO
 
@@ -93,3 +95,41 @@ def test_a_rank_that_dies_ends_the_other_by_name_and_the_same_command_goes_on(tw
     again, ends = two_ranks("none", 0, 0)
     assert again.returncode == 0 and "going on from step 2" in again.stdout
     assert ends[0] == ends[1] and ends[0]["step"] == 4
+
+
+def test_sigterm_finishes_the_step_and_the_command_of_two_ranks_ends_as_interrupted(project: Path, edit_params: Callable):
+    """Meanwhile neither rank, nor what started them, listens to the network."""
+
+    def change(params: dict) -> None:
+        params["launch"] |= {"processes": 2}
+        params["alignment"] |= {"micro_batch_size": 1, "steps": 4000, "checkpoint_every": 4000, "validate_every": 0}
+        params["sft"]["micro_batch_size"] = 1
+        params["mr_grpo"]["micro_batch_size"] = 2
+
+    edit_params(project, change)
+    command = subprocess.Popen([sys.executable, "-m", "training", "alignment"], cwd=project, stdout=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    next(line for line in command.stdout if line.startswith("alignment: 1") or "/4000 steps" in line)
+    processes = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
+    listening = {place.laddr.ip for process in processes for place in process.net_connections() if place.status == psutil.CONN_LISTEN}
+    assert len(processes) == 3 and listening <= {"127.0.0.1"}
+    command.terminate()
+    said, _ = command.communicate(timeout=60)
+    assert command.returncode == exits.INTERRUPTED, said
+    assert json.loads((folder_of(project) / "ended.json").read_text())["state"] == "interrupted"
+    assert len(Checkpoints(folder_of(project), 4000, 2).steps()) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        (["exit(0)", "exit(0)"], exits.DONE),
+        (["exit(75)", "exit(75)"], exits.INTERRUPTED),
+        (["import time; time.sleep(0.5); exit(1)", "exit(5)"], exits.HUNG),
+        (["import os; os.kill(os.getpid(), 9)", "import time; time.sleep(60)"], 128 + 9),
+    ],
+)
+def test_ranks_end_as_the_first_that_failed_and_none_is_left_alone(ends: list[str], code: int):
+    ranks = [subprocess.Popen([sys.executable, "-c", end]) for end in ends]
+    assert wait_for_ranks(ranks, alone=1) == code
+    assert all(process.returncode is not None for process in ranks)

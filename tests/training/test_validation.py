@@ -84,6 +84,17 @@ def test_an_early_stop_ends_the_stage_properly_and_a_resumed_one_stops_at_the_sa
     assert (first / "history.json").read_bytes() == (second / "history.json").read_bytes()
 
 
+def test_held_out_numbers_that_are_none_are_told_and_left_out_and_the_stage_goes_on(
+    aligned: Path, tmp_path: Path, edit_params, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    real = Validation.measure
+    monkeypatch.setattr(Validation, "measure", lambda self: real(self) | {"held_out/loss": math.nan})
+    sft(aligned, tmp_path / "project", edit_params, {"validate_every": 4})
+    last = read_json(tmp_path / "project" / "outputs" / "sft" / "history.json")[-1]
+    assert "held_out/loss" not in last and "held_out/text_to_image" in last
+    assert "sft: step 4: no finite number: held_out/loss" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("series", "patience", "min_delta", "ends"),
     [
@@ -170,8 +181,9 @@ def test_ranks_share_the_held_out_samples_and_groups_are_means_of_them(built: Pa
             assert row[f"held_out/{task}"] == pytest.approx(mean)
 
 
-def test_loss_by_sigma_is_the_mean_of_what_fell_in_each_bin():
+def test_loss_by_sigma_is_the_mean_of_what_fell_in_each_bin_and_was_a_number():
     pairs = [(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.2])), (torch.tensor([5.0, 7.0]), torch.tensor([0.5, 1.0]))]
+    pairs.append((torch.tensor([torch.nan, torch.inf]), torch.tensor([0.1, 0.3])))
     row = loss_by_sigma(Rank(0, 1), pairs)  # type: ignore[arg-type]
     assert row == {"loss_by_sigma/0.00-0.25": 2.0, "loss_by_sigma/0.50-0.75": 5.0, "loss_by_sigma/0.75-1.00": 7.0}
 
