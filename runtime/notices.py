@@ -63,12 +63,13 @@ def told(root: Path, stage: str, folder: Path, config: NoticesConfig, on_finish:
         yield
     except BaseException as error:
         told_to_stop = isinstance(error, (Interrupted, KeyboardInterrupt))
-        _end(root, stage, folder, config, "interrupted" if told_to_stop else "failed", f"{type(error).__name__}: {error}", True)
+        tell_end(root, stage, folder, config, "interrupted" if told_to_stop else "failed", f"{type(error).__name__}: {error}")
         raise
-    _end(root, stage, folder, config, "finished", "", on_finish)
+    tell_end(root, stage, folder, config, "finished", "", on_finish)
 
 
-def _end(root: Path, stage: str, folder: Path, config: NoticesConfig, state: str, message: str, send: bool) -> None:
+def tell_end(root: Path, stage: str, folder: Path, config: NoticesConfig, state: str, message: str, send: bool = True) -> None:
+    """Note in the run folder how a stage ends, and send the notice; returns in bounded time and raises nothing."""
     message = message[:ERROR_CHARACTERS]
     try:
         write_json(folder / ENDED, {"state": state, "error": message or None, "time": time.time()})

@@ -165,7 +165,10 @@ class Checkpoints:
         self.wait()
         final = self.folder / f"step-{state.step:06d}"
         if score is not None:
-            tell_score(final, score)
+            try:
+                tell_score(final, score)
+            except OSError as error:
+                raise self._cannot_save(final, 0, str(error)) from error
         if final.exists():
             return
         files = state.tensors()

@@ -78,7 +78,10 @@ class SupervisedConfig(Settings):
     guard: GuardConfig = GuardConfig()
     validate_every: NonNegativeInt = Field(0, description="optimizer steps between held-out losses, which the last step has too; 0: never")
     board_every: NonNegativeInt = Field(0, description="optimizer steps between sample boards, boards/step-000200.png; 0: never")
-    early_stop: EarlyStopConfig | None = Field(None, description="on the held-out loss, so that validate_every must be above 0")
+    early_stop: EarlyStopConfig | None = Field(
+        None,
+        description="on the held-out loss, so that validate_every must be above 0; the evaluation parts then have a say in the weights",
+    )
 
     @model_validator(mode="after")
     def _early_stop_has_what_it_looks_at(self) -> Self:

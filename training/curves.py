@@ -74,7 +74,8 @@ class Curves:
         return len(batch.prompts) * total(rows).model
 
     def row(self, step: int, trained: dict[str, nn.Parameter]) -> dict[str, float]:
-        """The row of a log step, nothing at others. Call it with the gradients of the whole step, before they are clipped."""
+        """The row of a log step, nothing at others. Call it with the gradients of the whole step, before they are clipped, and `reset`
+        once the step is taken."""
         if not self.due(step):
             return {}
         values = loss_by_sigma(self.accelerator, self.losses) | gradient_norms(trained)
@@ -83,7 +84,6 @@ class Curves:
         seconds = max(time.monotonic() - self.since, 1e-9)
         values |= {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds}
         values["mfu"] = mfu(1e9 * gflops / self.accelerator.num_processes, seconds, self.peak)
-        self.reset()
         return values
 
 

@@ -326,7 +326,7 @@ def run_estimate(params: Params, arguments: argparse.Namespace) -> None:
         return
     if arguments.gpu not in GPUS:
         raise EstimateRefused(f"--gpu {arguments.gpu}: unknown; allowed: {', '.join(GPUS)}.")
-    gpu, gpus = GPUS[arguments.gpu], arguments.gpus or params.launch.processes
+    gpu, gpus = GPUS[arguments.gpu], params.launch.processes if arguments.gpus is None else arguments.gpus
     rows = [row for stage in STAGES for row in estimate_stage(params, stage, gpu, gpus, rates, arguments.prompt_tokens)]
     hours = sum(row.value for row in rows if row.name.endswith(": time"))
     print(

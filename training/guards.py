@@ -148,8 +148,10 @@ class Guard:
 
 
 def finite_input(batch: Batch) -> bool:
-    """Whether the batch's latents are numbers; its pixels are whole numbers and can't be anything else."""
-    return batch.latents is None or all(bool(np.isfinite(array).all()) for array in batch.latents.arrays)
+    """Whether the batch's latents, and what the vision tower saw, are numbers; its pixels are whole numbers and can't be anything else."""
+    if batch.latents is None:
+        return True
+    return all(bool(np.isfinite(array).all()) for array in (*batch.latents.arrays, *batch.latents.vision))
 
 
 def deviations(loss: float, past: Sequence[float]) -> float:

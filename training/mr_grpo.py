@@ -100,7 +100,7 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
     stopped = False
     log = run.folder / "progress.jsonl" if rank() == 0 else None
     with (
-        watch_ranks(run.folder, run.params.launch.hang_seconds) as heartbeat,
+        watch_ranks(run) as heartbeat,
         memory_advice(STAGE, config.micro_batch_size),
         Progress(config.steps, "step", STAGE, log, start=state.step) as progress,
     ):

@@ -90,11 +90,26 @@ class Sender:
                 if not self._lives():  # somebody deleted it: all of the spool goes to a new one
                     self.client = None
                     return self.send()
-                logger.warning("MLflow does not take %s of %s (%s): passed over", events[0]["kind"], self.folder.name, error)
+                self._deliver_singly(events, error)
             count += len(events)
             self.sent = end
             self._note()
         return count
+
+    def _deliver_singly(self, events: list[Event], error: Exception) -> None:
+        """What MLflow refused in one request: each event that it takes, and a word of those that it does not."""
+        from mlflow.exceptions import MlflowException
+
+        if len(events) == 1:
+            logger.warning("MLflow does not take %s of %s (%s): passed over", events[0]["kind"], self.folder.name, error)
+            return
+        for event in events:
+            try:
+                self._deliver([event])
+            except MlflowException as refusal:
+                if refusal.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                self._deliver_singly([event], refusal)
 
     def _note(self) -> None:
         write_json(self.folder / NOTE, {"run_id": self.run_id, "sent": self.sent})

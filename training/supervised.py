@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from data.loader import Batch, Loader
 from model.config import ModelConfig
@@ -136,7 +137,7 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
     tracker.checkpoints(checkpoints.steps(), state.history)
     stopped, log = False, run.folder / "progress.jsonl" if rank() == 0 else None
     with (
-        watch_ranks(run.folder, run.params.launch.hang_seconds) as heartbeat,
+        watch_ranks(run) as heartbeat,
         memory_advice(stage, config.micro_batch_size),
         checkpoints,
         Progress(config.steps, "step", stage, log, start=state.step, samples=config.batch_size) as progress,
@@ -160,8 +161,11 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
             if guard.refuses(loss, float(norm), rate):
                 optimizer.zero_grad(set_to_none=True)
                 state.data = loader.state()
+                tracker.back_to(state.step)
                 progress.update(state.step - progress.done, skipped=state.guard["skipped"])
                 continue
+            if curve:
+                curves.reset()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
@@ -192,6 +196,9 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
 
 def accumulate(accelerator: Accelerator, wrapped: torch.nn.Module, last: bool) -> Any:
     """Ranks exchange gradients on the last micro-batch of a step only."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
     return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
 
 

@@ -104,6 +104,11 @@ class Tracker:
         if len(self.rows) >= ROWS or time.monotonic() - self.written >= EVERY_S:
             self.flush()
 
+    def back_to(self, step: int) -> None:
+        """The training was rolled back to `step`: those after it are logged anew, and MLflow shows the newest last."""
+        if self.active:
+            self.last_step = {name: min(last, step) if not name.startswith("system/") else last for name, last in self.last_step.items()}
+
     def flush(self, now: bool = False) -> None:
         """Write what waits to the spool, on disk when this returns, and send the spool if the store answers.
 

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from data.loader import Loader
+from runtime import exits
 from runtime.exits import Interrupted
 from training import supervised
 from training.checkpoint import Checkpoints, TrainState
@@ -163,3 +167,20 @@ def test_too_little_memory_is_told_with_what_takes_less(train, monkeypatch: pyte
         OutOfMemory, match=r"^alignment: CUDA out of memory\. Tried to allocate 2 GiB\. Lower alignment\.micro_batch_size \(2;"
     ):
         train()
+
+
+def test_a_first_rank_that_hangs_ends_by_its_own_code_and_its_end_is_noted(project: Path):
+    script = (
+        "import time\nfrom pathlib import Path\nfrom runtime.exits import StopRequest\nfrom runtime.stage import begin_stage\n"
+        "from training.heartbeat import watch_ranks\n"
+        "with begin_stage(Path.cwd(), 'alignment', StopRequest()) as run, watch_ranks(run):\n    time.sleep(60)\n"
+    )
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["launch"]["hang_seconds"] = 1
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, timeout=50)
+    assert done.returncode == exits.HUNG, done.stderr
+    (folder,) = project.glob("outputs/runs/alignment/*")
+    ended = json.loads((folder / "ended.json").read_text())
+    assert ended["state"] == "failed" and "rank 0: no step for 1 s" in ended["error"]
+    assert "in <module>" in (folder / "hang-rank0.txt").read_text()

@@ -214,6 +214,35 @@ def test_rows_that_find_the_disk_full_wait_in_memory(project: Path, monkeypatch:
     assert steps == [1, 2]
 
 
+def test_a_row_that_mlflow_does_not_take_takes_no_other_with_it(server: Faulty, project: Path, caplog: pytest.LogCaptureFixture):
+    with begin(project, "alignment") as run, track(run) as tracker:
+        for step in STEPS:
+            tracker.log(step, **{"loss": step / 10} if step != 5 else {"no such name: $%": 1.0})
+    client = MlflowClient(server.store)
+    (logged,) = client.search_runs([client.get_experiment_by_name("deepgen").experiment_id])
+    history = client.get_metric_history(logged.info.run_id, "loss")
+    assert sorted(metric.step for metric in history) == [step for step in STEPS if step != 5]
+    assert caplog.text.count("MLflow does not take metrics") == 1
+
+
+def test_after_a_rollback_the_steps_are_logged_anew_and_a_resumed_process_repeats_none(server: Faulty, project: Path):
+    with begin(project, "alignment") as run, track(run) as tracker:
+        for step, loss in [(1, 0.1), (2, 0.2), (3, 9.0)]:
+            tracker.log(step, loss=loss)
+        tracker.back_to(1)
+        time.sleep(0.01)  # MLflow's clock has milliseconds
+        for step, loss in [(2, 0.3), (3, 0.4)]:
+            tracker.log(step, loss=loss)
+    with begin(project, "alignment") as run, track(run) as tracker:
+        for step in (2, 3, 4):
+            tracker.log(step, loss=0.5)
+    client = MlflowClient(server.store)
+    (logged,) = client.search_runs([client.get_experiment_by_name("deepgen").experiment_id])
+    history = sorted(client.get_metric_history(logged.info.run_id, "loss"), key=lambda metric: metric.timestamp)
+    assert sorted((metric.step, metric.value) for metric in history) == [(1, 0.1), (2, 0.2), (2, 0.3), (3, 0.4), (3, 9.0), (4, 0.5)]
+    assert [metric.value for metric in history if metric.step == 3][-1] == 0.4
+
+
 def test_a_stage_without_a_store_ends_with_the_same_bytes_and_its_trace_comes_later(
     project: Path, edit_params, monkeypatch: pytest.MonkeyPatch
 ):
