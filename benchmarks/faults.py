@@ -34,7 +34,21 @@ import yaml
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind this folder, whose data.py hides a room that is not asked for here
 import train_faults
-from stops import GRACE, REPO, Row, State, clone, left_running, log_end, print_counts, process_of, seconds_until_gone, start, start_run
+from stops import (
+    GRACE,
+    REPO,
+    Row,
+    State,
+    clone,
+    left_running,
+    log_end,
+    print_counts,
+    print_rows,
+    process_of,
+    seconds_until_gone,
+    start,
+    start_run,
+)
 
 from runtime.files import sha256_json, sha256_path
 
@@ -222,6 +236,7 @@ def main() -> None:
     arguments = parser.parse_args()
     code = sha256_json([sha256_path(REPO / name) for name in CODE])
     state = State(arguments.state.resolve() / code[:12], arguments.seed)
+    print_rows([row for row in state.rows if row.way in arguments.ways], head=True)
     recipe_stops(state, [way for way in arguments.ways if way in RECIPE_WAYS], arguments.stages)
     if "build" in arguments.ways:
         build_stops(state, arguments.moments)

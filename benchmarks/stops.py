@@ -40,7 +40,6 @@ class State:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"rows-{seed}.jsonl"
         self.rows = [Row(**json.loads(line)) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-        print_rows(self.rows, head=True)
 
     def done(self, way: str, stage: str | None = None) -> list[Row]:
         return [row for row in self.rows if row.way == way and stage in (None, row.stage)]
