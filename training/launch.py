@@ -32,7 +32,7 @@ def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
     if config.processes == 1 or "RANK" in os.environ:
         return
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}", "-m", *arguments]
+    command = [sys.executable, "-m", "training.torchrun", "--standalone", f"--nproc_per_node={config.processes}", "-m", *arguments]
     os.execv(sys.executable, command)
 
 
