@@ -3,7 +3,7 @@
 train: SIGKILL at random moments of its life, of its steps, of a save and of its publication.
 save: SIGKILL at each named point of a save.
 term: SIGTERM at random moments; it must end with 75, or with 0 after its last step.
-ranks: SIGKILL of one of two ranks, or of the launcher above them; all end in bounded time.
+ranks: SIGKILL of one of two ranks, or of the launcher above them, or SIGTERM to it; all end in bounded time.
 injected: a loss, gradient or input that is no number, on one rank of two: no weight changes, both act alike and log the samples.
 worker: SIGKILL of the Dagster run above it. `deepgen run` executes its stages' assets in its own process: it is the worker.
 disk: RLIMIT_FSIZE lets the middle of a save fail; it must say so, leave no half and keep what is before it.
@@ -268,20 +268,23 @@ def save_points(trials: Trials, stage: str) -> None:
 
 
 def lost_ranks(trials: Trials, stage: str) -> None:
-    """Kill rank 0, rank 1 and the launcher in turn, each while they train."""
+    """Kill rank 0, rank 1 and the launcher in turn, then ask the launcher to end, each while they train."""
     undisturbed = trials.two_ranks(stage)
     root, rows = edit(trials.copy(stage), on_two_ranks), []
-    for turn, victim in enumerate(("rank 0", "rank 1", "launcher")):
+    for turn, what in enumerate(("kill rank 0", "kill rank 1", "kill launcher", "SIGTERM to launcher")):
         rng = random.Random(f"{trials.state.seed} ranks {stage} {turn}")
         process = trials.start(root, stage)
         after = wait_for(root, stage, "steps", rng.uniform(0.0, 0.3), process, undisturbed)
         ranks = ranks_of(process.pid)
         delivered = len(ranks) == 2 and process.poll() is None
-        if delivered:
-            (psutil.Process(process.pid) if victim == "launcher" else ranks[turn]).kill()
+        if delivered and "launcher" in what:
+            process.send_signal(signal.SIGTERM if "SIGTERM" in what else signal.SIGKILL)
+        elif delivered:
+            ranks[turn].kill()
         gone = seconds_until_gone(root, process)
-        why = "" if gone is not None and process.returncode != 0 else f"exit code {process.returncode}, {left_running(root)} still there"
-        rows.append(Row("ranks", stage, f"kill {victim}", round(after, 2), process.returncode, gone, delivered, why=why))
+        ended = process.returncode in (0, INTERRUPTED) if "SIGTERM" in what else process.returncode != 0
+        why = "" if gone is not None and ended else f"exit code {process.returncode}, {left_running(root)} still there"
+        rows.append(Row("ranks", stage, what, round(after, 2), process.returncode, gone, delivered, why=why))
     finish(trials, root, stage, rows, undisturbed)
 
 
