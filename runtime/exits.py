@@ -20,6 +20,7 @@ NO_READER = 141  # as a shell reports SIGPIPE: what this printed was not read to
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command to go on
 
 PR_SET_PDEATHSIG = 1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Plain(Exception):
@@ -45,8 +46,13 @@ class StopRequest:
         self.parent = os.getppid()
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, self._receive)
+
+    def over(self) -> None:
+        """The work is done and its exit code stands: Python puts the default handlers back while it shuts down, but not over this."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

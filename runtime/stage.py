@@ -139,9 +139,12 @@ def open_stage(name: str) -> Iterator[StageRun]:
         exits.exit_with_parent()
         stop = exits.StopRequest()
         stop.install()
-        with begin_stage(root, name, stop) as run:
-            yield run
-        _report_to_dagster(run)
+        try:
+            with begin_stage(root, name, stop) as run:
+                yield run
+            _report_to_dagster(run)
+        finally:
+            stop.over()
 
 
 @contextlib.contextmanager

@@ -46,3 +46,28 @@ def test_a_second_signal_later_ends_the_process_at_once():
     said, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert "saved" not in said
+
+
+LATE = """
+import os, time
+from runtime.exits import StopRequest
+stop = StopRequest()
+stop.install()
+
+class Late:  # goes when the interpreter has put the default handlers back
+    def __del__(self, write=os.write, sleep=time.sleep):
+        write(1, b"ready")
+        sleep(2)
+
+late = Late()
+{end}
+"""
+
+
+def test_a_signal_after_the_work_does_not_change_its_exit_code():
+    for end, code in (("stop.over()", 0), ("", -signal.SIGTERM)):
+        process = subprocess.Popen([sys.executable, "-c", LATE.format(end=end)], cwd=REPO, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.read(5) == b"ready"
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == code

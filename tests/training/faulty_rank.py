@@ -1,7 +1,8 @@
-"""A stage with a fault on one rank: `python -m torch.distributed.run ... -m tests.training.faulty_rank FAULT RANK FIRST LAST`.
+"""A stage with faults on one rank: `python -m torch.distributed.run ... -m tests.training.faulty_rank FAULT:RANK:FIRST:LAST ...`.
 
-FAULT, from micro-batch FIRST to LAST on that rank: `nan` (its loss), `spike` (its loss x 1000), `latents` (its input), `die` (SIGKILL) or
-`hang`. Where it ends, each rank writes a digest of its weights, its step and its counts to `end-rank0.json` of the working folder.
+FAULT, from micro-batch FIRST to LAST on that rank: `nan` or `inf` (its loss), `spike` (its loss x 1000), `gradient nan` or `gradient inf`
+(of a loss that is a number), `latents` (its input), `die` (SIGKILL) or `hang`. Where it ends, each rank writes to `end-rank0.json` of the
+working folder a digest of its weights, its step, its counts and, as `trail`, its weights before each step that it tried.
 """
 
 import os
@@ -17,16 +18,20 @@ set_environment()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from torch import distributed  # noqa: E402
 
 from runtime.files import sha256_bytes, write_json  # noqa: E402
 from runtime.stage import open_stage, rank  # noqa: E402
 from training import supervised  # noqa: E402
 
 
-def with_fault(batch_loss: Any, fault: str, wrong_rank: int, micro_batches: range) -> Any:
+def with_faults(batch_loss: Any, faults: list[list[str]]) -> Any:
+    def fault_of(micro_batch: int) -> str:
+        found = [kind for kind, wrong, first, last in faults if int(wrong) == rank() and int(first) <= micro_batch <= int(last)]
+        return found[0] if found else "none"
+
     def wrong(wrapped: Any, model: Any, batch: Any, *rest: Any) -> torch.Tensor:
-        if rank() != wrong_rank or batch.index not in micro_batches:
-            return batch_loss(wrapped, model, batch, *rest)
+        fault = fault_of(batch.index)
         if fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hang":
@@ -34,23 +39,41 @@ def with_fault(batch_loss: Any, fault: str, wrong_rank: int, micro_batches: rang
         if fault == "latents" and batch.latents is not None:
             batch.latents.mean[0] = np.inf
         loss_B = batch_loss(wrapped, model, batch, *rest)
-        return loss_B * {"nan": torch.nan, "spike": 1000.0}.get(fault, 1.0)
+        if fault.startswith("gradient"):
+            loss_B.register_hook(lambda gradient_B: gradient_B * float(fault.split()[1]))
+        return loss_B * {"nan": torch.nan, "inf": torch.inf, "spike": 1000.0}.get(fault, 1.0)
 
     return wrong
 
 
+def with_trail(batch_loss: Any, states: list[Any], trail: list[dict[str, Any]]) -> Any:
+    """Note the weights before each step that is tried."""
+
+    def noting(wrapped: Any, model: Any, batch: Any, config: Any, stage: str) -> torch.Tensor:
+        if batch.index % config.accumulation(distributed.get_world_size()) == 0:
+            trail.append({"micro_batch": batch.index, "step": states[0].step, "weights": digest(states[0])})
+        return batch_loss(wrapped, model, batch, config, stage)
+
+    return noting
+
+
+def digest(state: Any) -> str:
+    return sha256_bytes(torch.cat([p.detach().flatten() for p in state.trained.values()]).numpy().tobytes())
+
+
 def main() -> None:
-    fault, wrong_rank, first, last = sys.argv[1:]
-    supervised.batch_loss = with_fault(supervised.batch_loss, fault, int(wrong_rank), range(int(first), int(last) + 1))
+    faults = [word.split(":") for word in sys.argv[1:]]
+    states: list[Any] = []
+    trail: list[dict[str, Any]] = []
+    supervised.batch_loss = with_trail(with_faults(supervised.batch_loss, faults), states, trail)
     supervised.publish_stage = supervised.remember_start = lambda *_: None
-    states, real = [], supervised.Checkpoints.restore
+    real = supervised.Checkpoints.restore
     supervised.Checkpoints.restore = lambda self, state, due=False: states.append(state) or real(self, state, due)
     try:
         with open_stage("alignment") as run:
             supervised.run_supervised(run, "alignment")
     finally:
-        weights = torch.cat([p.detach().flatten() for p in states[0].trained.values()])
-        end = {"weights": sha256_bytes(weights.numpy().tobytes()), "step": states[0].step, "guard": states[0].guard}
+        end = {"weights": digest(states[0]), "step": states[0].step, "guard": states[0].guard, "trail": trail}
         write_json(Path(f"end-rank{rank()}.json"), end)
 
 

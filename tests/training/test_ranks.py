@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from data.stages import run_mixture, run_shards
 from model.weights import load_model
+from runtime import exits
 from runtime.files import read_json
 from training.checkpoint import read_checkpoint
 from training.config import LaunchConfig
@@ -126,6 +128,31 @@ def test_a_run_of_two_ranks_goes_on_with_one(alone: Path, together: Path, tmp_pa
     train_alone(root, "alignment")
     assert "alignment: going on from step 2" in capsys.readouterr().out
     assert_same_training(root, alone, "alignment")
+
+
+@pytest.mark.slow
+def test_two_ranks_asked_to_stop_save_and_end_as_one_would(alone: Path, tmp_path: Path):
+    """The launcher above them is asked, as `kill`, Dagster and a cluster do; its exit code is the stage's."""
+    root = copy_of(alone, tmp_path)
+    set_ranks(root, 2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training", "alignment"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None and not list(root.glob("outputs/runs/alignment/*/step-000002")):
+        time.sleep(0.01)
+    process.terminate()
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == exits.INTERRUPTED, said
+    assert "the same command goes on" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_second_writer_with_two_ranks_is_refused_with_its_own_code(alone: Path, tmp_path: Path):
+    root = copy_of(alone, tmp_path)
+    set_ranks(root, 2)
+    with begin(root, "alignment"):
+        ended = subprocess.run([sys.executable, "-m", "training", "alignment"], cwd=root, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == exits.LOCKED and "is being written by process" in ended.stderr
 
 
 @pytest.mark.slow

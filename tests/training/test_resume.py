@@ -8,8 +8,10 @@ import torch
 
 from runtime.exits import Interrupted, StopRequest
 from runtime.files import tensors_digest
+from training import checkpoint
 from training.checkpoint import CheckpointCorrupt, read_checkpoint
 from training.mr_grpo import run_mr_grpo
+from training.randomness import restore_global_generators
 from training.supervised import run_supervised
 
 from .conftest import begin
@@ -56,6 +58,19 @@ def test_a_stage_stopped_and_started_again_ends_with_the_same_bytes(trained: Pat
     assert tensors_digest(root / "outputs" / stage / "model") == tensors_digest(trained / "outputs" / stage / "model")
     history = (root / "outputs" / stage / "history.json").read_text()
     assert history == (trained / "outputs" / stage / "history.json").read_text()
+
+
+def test_a_state_without_torchs_generator_ends_with_other_weights(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The test of the test: SFT's dropout draws from that generator, so that equal ends show that it was kept."""
+    root = tmp_path / "project"
+    shutil.copytree(trained, root, symlinks=True, ignore=shutil.ignore_patterns("runs"))
+    with pytest.raises(Interrupted):
+        run_stage(root, "sft", StopAt(1))
+    monkeypatch.setattr(
+        checkpoint, "restore_global_generators", lambda states: restore_global_generators(states | {"torch": torch.get_rng_state()})
+    )
+    run_stage(root, "sft")
+    assert tensors_digest(root / "outputs" / "sft" / "model") != tensors_digest(trained / "outputs" / "sft" / "model")
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(

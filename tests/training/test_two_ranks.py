@@ -37,7 +37,7 @@ def two_ranks(project: Path, edit_params: Callable) -> Callable[..., tuple[subpr
         edit_params(project, change)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run(
-            [*launcher, "-m", "tests.training.faulty_rank", fault, "1", str(first), str(last)],
+            [*launcher, "-m", "tests.training.faulty_rank", f"{fault}:1:{first}:{last}"],
             cwd=project,
             env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
             capture_output=True,
