@@ -32,9 +32,10 @@ from pathlib import Path
 import psutil
 import yaml
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind this folder, whose data.py hides a room that is not asked for here
-import train_faults
-from stops import (
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose data.py would hide a room
+from benchmarks import train_faults
+from benchmarks.stops import (
     GRACE,
     REPO,
     Row,
@@ -49,7 +50,6 @@ from stops import (
     start,
     start_run,
 )
-
 from runtime.files import sha256_json, sha256_path
 
 STAGES = ("foundation", "shards", "mixture", "alignment", "sft", "mr_grpo", "evaluation", "export")

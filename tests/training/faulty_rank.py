@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from runtime.stage import open_stage, rank  # noqa: E402
 from training import supervised  # noqa: E402
 
 
-def with_faults(batch_loss: Any, faults: list[list[str]]) -> Any:
+def with_faults(batch_loss: Any, faults: Sequence[Sequence[Any]]) -> Any:
     def fault_of(micro_batch: int) -> str:
         found = [kind for kind, wrong, first, last in faults if int(wrong) == rank() and int(first) <= micro_batch <= int(last)]
         return found[0] if found else "none"

@@ -290,7 +290,8 @@ def process(folder: Path, steps: int, limit: int = 0, background: bool = False, 
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder), str(steps), str(limit), "background" if background else ""],
         cwd=REPO,
-        env=os.environ | {"PYTHONPATH": str(REPO), "DEEPGEN_FAULT": fault},
+        # Where files may not grow Python leaves cut .pyc files behind, for all who come after.
+        env=os.environ | {"PYTHONPATH": str(REPO), "DEEPGEN_FAULT": fault, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
     )

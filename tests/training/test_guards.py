@@ -20,7 +20,7 @@ from training.checkpoint import Checkpoints, TrainState
 from training.guards import NonFiniteLoss, OutOfMemory, deviations
 
 from .conftest import begin
-from .faulty_rank import with_fault
+from .faulty_rank import with_faults
 from .test_resume import StopAt
 
 MICRO = 4  # micro-batches a step
@@ -39,7 +39,7 @@ def train(monkeypatch: pytest.MonkeyPatch, project: Path, edit_params: Callable)
     def train(fault: str = "nan", micro_batches: range = range(0), stop: int | None = None, **guard: Any) -> TrainState:
         ends: list[TrainState] = []
         edit_params(project, lambda params: params["alignment"]["guard"].update(guard))
-        monkeypatch.setattr(supervised, "batch_loss", with_fault(real[0], fault, 0, micro_batches))
+        monkeypatch.setattr(supervised, "batch_loss", with_faults(real[0], [(fault, 0, micro_batches.start, micro_batches.stop - 1)]))
         monkeypatch.setattr(supervised, "train", lambda *arguments: ends.append(real[1](*arguments)) or ends[0])
         for name in ("publish_stage", "remember_start"):
             monkeypatch.setattr(supervised, name, lambda *_: None)
