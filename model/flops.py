@@ -8,6 +8,7 @@ activations, softmax, rotary and position embeddings, sampling noise, the optimi
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from model.config import ConnectorConfig, DiTConfig, ModelConfig, VAEConfig, VisionConfig, VLMConfig
 from model.parts import TRAINED
@@ -70,7 +71,7 @@ def mfu(flops_per_step: float, seconds: float, peak: float) -> float:
 
 def linear(tokens: float, *widths: int) -> float:
     """Layers one after another: linear(n, a, b, c) is a -> b -> c."""
-    return 2 * tokens * sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    return 2 * tokens * sum(a * b for a, b in pairwise(widths))
 
 
 def attention(queries: float, keys: float, width: int) -> float:
@@ -149,7 +150,7 @@ def encode_forward(vae: VAEConfig, side: int) -> float:
     widths = vae.block_out_channels
     pixels = float(side**2)
     total = _conv(pixels, CHANNELS, widths[0])
-    for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+    for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
         total += _resnets(pixels, before, width, 2)
         if i < len(widths) - 1:
             pixels /= 4
@@ -164,7 +165,7 @@ def decode_forward(vae: VAEConfig, side: int) -> float:
     widths = vae.block_out_channels[::-1]
     pixels = (side / vae.downscale) ** 2
     total = _conv(pixels, vae.latent_channels, widths[0]) + _middle(pixels, widths[0])
-    for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+    for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
         total += _resnets(pixels, before, width, 3)
         if i < len(widths) - 1:
             pixels *= 4

@@ -77,7 +77,11 @@ def heartbeat_of(folder: Path) -> dict[str, Any] | None:
 def checkpoints(folder: Path) -> list[Path]:
     """`step-000200/` folders, oldest first."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

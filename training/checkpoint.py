@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from runtime.exits import Plain
 from runtime.files import fsync_folder, fsync_tree, read_json, sha256_file, write_json
-from runtime.run_folder import checkpoints, kept_checkpoints, tell_score
+from runtime.run_folder import checkpoints, kept_checkpoints, step_of, tell_score
 from runtime.stage import rank
 from training.optim import EMA
 from training.randomness import global_generators, restore_global_generators, seed_global_generators
@@ -193,7 +193,7 @@ class Checkpoints:
             writing.result()
 
     def _write(self, final: Path, files: Files, facts: str, needed: int) -> None:
-        step = _step_of(final)
+        step = step_of(final)
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
         fault("before_write", step)
@@ -224,7 +224,7 @@ class Checkpoints:
         )
 
     def _prune(self) -> None:
-        due = [path for path in self.steps() if self.due(_step_of(path))]
+        due = [path for path in self.steps() if self.due(step_of(path))]
         kept = {*self.steps()[-self.keep :], *due[-1:], *kept_checkpoints(self.folder)}
         for old in self.steps():
             if old in kept:
@@ -255,7 +255,7 @@ class Checkpoints:
 
     def _restore_newest(self, state: TrainState, due: bool) -> str | None:
         for folder in reversed(self.steps()):
-            if due and not self.due(_step_of(folder)):
+            if due and not self.due(step_of(folder)):
                 continue
             try:
                 state.load(*read_checkpoint(folder))
@@ -282,10 +282,6 @@ class Checkpoints:
             self.writer.shutdown()
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
 def read_checkpoint(folder: Path) -> tuple[Files, Facts]:
     """Tensors by file and the facts of a checkpoint, every byte checked, brought up to this code's format.
 
@@ -305,7 +301,7 @@ def read_checkpoint(folder: Path) -> tuple[Files, Facts]:
         if sha256_file(folder / name) != expected:
             raise CheckpointCorrupt(f"{name} has not the sha256 it was written with")
     facts = read_json(folder / "state.json")
-    if facts["step"] != _step_of(folder):
+    if facts["step"] != step_of(folder):
         raise CheckpointCorrupt(f"state.json is of step {facts['step']}")
     if facts["format"] > FORMAT:
         raise NewerFormat(

@@ -158,10 +158,12 @@ def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, t
             loss = sum(means[task] * len(values) for task, values in losses.items()) / micro_batches
             rate = set_learning_rate(optimizer, state.step, config.steps, config.optimizer)
             heartbeat.beat()
+            tried = state.step
             if guard.refuses(loss, float(norm), rate):
                 optimizer.zero_grad(set_to_none=True)
                 state.data = loader.state()
-                tracker.back_to(state.step)
+                if state.step < tried:  # after a mere skip nothing may be logged twice, which a killed process has logged already
+                    tracker.back_to(state.step)
                 progress.update(state.step - progress.done, skipped=state.guard["skipped"])
                 continue
             if curve:

@@ -15,6 +15,7 @@ from typing import Any
 from runtime.environment import git_state
 from runtime.exits import Interrupted
 from runtime.files import sha256_file, sha256_json, tensors_digest
+from runtime.run_folder import step_of
 from runtime.stage import StageRun, rank
 from training.spool import Event, Sender, Spool
 from training.stages import parent_of
@@ -159,7 +160,7 @@ class Tracker:
         if not self.active:
             return
         for folder in folders:
-            name, step = f"{self.run.name}-{folder.name}", int(folder.name.removeprefix("step-"))
+            name, step = f"{self.run.name}-{folder.name}", step_of(folder)
             if name in self.checkpoints_told:
                 continue
             row = next((row for row in reversed(history) if row["step"] == step), {})
