@@ -152,6 +152,18 @@ def _registered(model: str) -> tuple[Path, Any]:
 
 
 @app.command()
+def report(
+    full: Annotated[
+        bool, typer.Option("--full", help="Score 1,000 samples a part after each stage; goes on where it was stopped.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures, and nothing else.")] = False,
+) -> None:
+    """Write the page of the run, outputs/report/index.html: numbers with intervals, stage against stage, pictures, curves."""
+    options = [name for name, asked in (("--full", full), ("--json", as_json)) if asked]
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "training", "report", *options], cwd=_root()).returncode)
+
+
+@app.command()
 def promote() -> None:
     """Make the challenger champion, if every gate holds. The asset `champion` does the same."""
     from orchestration.dvc import DvcCommand

@@ -57,7 +57,9 @@ def picture_lines(root: Path) -> list[str]:
     """The pictures that the stages left, by path."""
     places = [Path("outputs") / stage for stage in STAGES] + [Path("outputs/evaluation") / stage for stage in STAGES]
     found = [str(place / "*.png") for place in places if any((root / place).glob("*.png"))]
-    return ["pictures"] + [f"  {place}" for place in found] if found else []
+    lines = ["pictures"] + [f"  {place}" for place in found] if found else []
+    page = Path("outputs/report/index.html")
+    return lines + ["", "all of it on one page", f"  {page}"] if (root / page).is_file() else lines
 
 
 def next_commands() -> list[str]:

@@ -46,7 +46,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_ends_with_a_summary_of_scores_pictures_and_next_commands(finished: Path):
     said = (finished.parent / "said.txt").read_text()
-    for words in ("alignment", "image_edit", "text_to_image", "pictures", "make ui", "deepgen generate", "version 1 is champion"):
+    for words in (
+        "alignment",
+        "image_edit",
+        "text_to_image",
+        "pictures",
+        "outputs/report/index.html",
+        "make ui",
+        "deepgen generate",
+        "version 1 is champion",
+    ):
         assert words in said
 
 

@@ -1,6 +1,6 @@
 """The stage commands of dvc.yaml, and tools beside them.
 
-python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export | replay
+python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export | report [--full] [--json] | replay
 python -m training status [STAGE] [--json] | keep CHECKPOINT | estimate [--preset NAME] [--gpus N] [--gpu NAME] [--rates FILE] [--measure]
 """
 
@@ -23,6 +23,11 @@ def main() -> None:
     verbs.add_parser("mr_grpo", help="stage 3")
     verbs.add_parser("evaluate", help="score a stage's model").add_argument("stage", choices=["alignment", "sft", "mr_grpo"])
     verbs.add_parser("export", help="write the release folder and load it once in a fresh process")
+    report = verbs.add_parser("report", help="one page of the run: numbers with intervals, stage against stage, pictures, curves")
+    report.add_argument(
+        "--full", action="store_true", help="score 1,000 samples a part, drawn as the evaluation's own; goes on where stopped"
+    )
+    report.add_argument("--json", action="store_true", help="print the figures, and nothing else")
     verbs.add_parser("replay", help="send to MLflow what waits in the run folders since it could not be reached")
     verbs.add_parser("train_foundation", help="train the small foundation anew (foundation/params.yaml)")
     status = verbs.add_parser("status", help="what every run of a training stage is doing, or how it ended")
@@ -87,6 +92,10 @@ def main() -> None:
             from training.evaluate import run_evaluation
 
             run_evaluation(run, arguments.stage)
+        elif arguments.verb == "report":
+            from training.report import run_report
+
+            run_report(run, arguments.full, arguments.json)
         else:
             from training.export import run_export
 

@@ -1,9 +1,11 @@
 """Scores, pictures and gates of the model after a stage, on the evaluation split."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from data.loader import read_part
 from model.weights import load_model
@@ -12,14 +14,14 @@ from runtime.progress import Progress
 from runtime.stage import StageRun
 from training.batching import batched
 from training.pictures import save_grid
-from training.scoring import Scored, score, summarize
+from training.scoring import Scored, facts, score, summarize
 from training.tracking import track
 
-SHOWN = 24
+SHOWN = 24  # samples a task whose pictures are kept
 
 
 def run_evaluation(run: StageRun, stage: str) -> None:
-    """Write `outputs/evaluation/<stage>/`: metrics.json, gates.json, and a grid a part."""
+    """Write `outputs/evaluation/<stage>/`: metrics.json, gates.json, samples.json, images/, and a grid a part."""
     torch.set_num_threads(run.params.launch.threads)
     config = run.params.evaluation
     model_folder = run.root / "outputs" / stage / "model"
@@ -29,18 +31,22 @@ def run_evaluation(run: StageRun, stage: str) -> None:
         folder = run.folder / "out"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        metrics, pictures = {}, {}
+        metrics, pictures, samples_by_task = {}, {}, {}
         total = sum(read_json(shards / part / "manifest.json")["samples"] for part in config.parts)
         with Progress(total, "image", f"evaluation {stage}", run.folder / "progress.jsonl") as progress:
             for part in config.parts:
                 samples = list(read_part(shards / part))
                 scored = score(model, samples, config.sampling_steps, config.guidance, config.batch_size, config.seed, progress.update)
                 metrics[samples[0].task] = summarize(scored)
+                samples_by_task[samples[0].task] = [facts(row) for row in scored]
+                save_images(scored[:SHOWN], folder / "images")
                 save_scored_grid(scored[:SHOWN], folder / f"{samples[0].task}.png")
                 pictures[samples[0].task] = run.out / f"{samples[0].task}.png"
+        evaluation_set = {part: read_json(shards / part / "manifest.json")["dataset_id"] for part in config.parts}
         gates: dict[str, Any] = {
             "model_digest": tensors_digest(model_folder),
-            "evaluation_set_digest": sha256_json({part: read_json(shards / part / "manifest.json")["dataset_id"] for part in config.parts}),
+            "evaluation_set": evaluation_set,
+            "evaluation_set_digest": sha256_json(evaluation_set),
             "gates": [
                 {"name": name, "value": metrics[name]["strict"], "floor": floor, "passed": bool(metrics[name]["strict"] >= floor)}
                 for name, floor in sorted(run.params.gates.floors.items())
@@ -49,6 +55,7 @@ def run_evaluation(run: StageRun, stage: str) -> None:
         }
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "gates.json", gates)
+        write_json(folder / "samples.json", samples_by_task)
         tracker.result(**{f"{task}_strict": row["strict"] for task, row in metrics.items()})
         tracker.tag(model_digest=gates["model_digest"], evaluation_set_digest=gates["evaluation_set_digest"])
         for picture in sorted(folder.glob("*.png")):
@@ -61,7 +68,17 @@ def run_evaluation(run: StageRun, stage: str) -> None:
         print(f"{stage} {task}: {row['strict']:.3f} strict, 95% [{low:.3f}, {high:.3f}], n {row['n']}  {kinds}", flush=True)
 
 
-def save_scored_grid(scored: list[Scored], path) -> None:
+def save_images(scored: list[Scored], folder: Path) -> None:
+    """Each image as it is, `KEY.png`; of an edit also what it was made from and for, `KEY.source-0.png` and `KEY.target.png`."""
+    folder.mkdir(exist_ok=True)
+    for row in scored:
+        sources = {f".source-{i}": image for i, image in enumerate(row.sample.references)}
+        beside = sources | {".target": row.sample.target} if sources else {}
+        for name, image in ({"": row.image} | beside).items():
+            Image.fromarray(image).save(folder / f"{row.sample.key}{name}.png")
+
+
+def save_scored_grid(scored: list[Scored], path: Path) -> None:
     """Images with their prompts, right ones marked; edits as source, result, target."""
     rows, captions = [], []
     for group in batched(scored, 8 if not scored[0].sample.references else 3):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -44,6 +45,13 @@ def save_curves(history: Sequence[dict[str, float]], names: Sequence[str], path:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    draw_curves(axes, history, names, title)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_curves(axes: Any, history: Sequence[dict[str, float]], names: Sequence[str], title: str) -> None:
+    """Each named series smoothed, and as it is behind that."""
     for name in names:
         points = [(row["step"], row[name]) for row in history if name in row]
         if points:
@@ -53,8 +61,6 @@ def save_curves(history: Sequence[dict[str, float]], names: Sequence[str], path:
     axes.set(xlabel="optimizer step", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:

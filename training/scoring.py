@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data.drawn import held_out
 from data.loader import Sample
 from data.verifier import verify
 from model.deepgen import DeepGen
@@ -56,6 +57,19 @@ def score(
         if on_batch is not None:
             on_batch(len(batch))
     return scored
+
+
+def facts(scored: Scored) -> dict[str, Any]:
+    """What stays of a scored sample without its pictures: stages are compared on it, sample by sample."""
+    sample = scored.sample
+    return {
+        "key": sample.key,
+        "kind": sample.kind,
+        "prompt": sample.prompt,
+        "held_out": held_out(sample.scene),
+        "strict": bool(scored.strict),
+        "parts": {name: float(value) for name, value in scored.parts.items()},
+    }
 
 
 def summarize(scored: Sequence[Scored]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from runtime.environment import git_state
 from runtime.exits import Interrupted
 from runtime.files import sha256_file, sha256_json, tensors_digest
-from runtime.run_folder import step_of
+from runtime.run_folder import claimed, step_of
 from runtime.stage import StageRun, rank
 from training.spool import Event, Sender, Spool
 from training.stages import parent_of
@@ -250,6 +250,25 @@ def system_metrics(tracker: Tracker, every_s: float = SYSTEM_EVERY_S) -> Iterato
     finally:
         over.set()
         thread.join(5)
+
+
+def attach(root: Path, folder: Path, files: Sequence[Path], place: str) -> None:
+    """Files for the MLflow run of a finished run folder, as its artifacts under `place`. They wait in its spool where the store is away."""
+    with claimed(folder) as free:
+        if not free:
+            logger.warning("%s: its stage is running, so %s is not logged to MLflow", folder.relative_to(root), place)
+            return
+        kept = folder / place
+        kept.mkdir(exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, kept / file.name)
+        spool = Spool(folder)
+        now = int(time.time() * 1000)
+        spool.append([{"kind": "picture", "time": now, "path": f"{place}/{file.name}", "folder": place} for file in files])
+        try:
+            Sender(root, folder, spool).send()
+        except Exception as error:  # as in Tracker: no reason to fail
+            logger.warning("MLflow can't be reached (%s): %s waits in %s", error, place, spool.path.relative_to(root))
 
 
 def environment_tags(run: StageRun) -> dict[str, str]:
