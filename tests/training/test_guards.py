@@ -18,6 +18,7 @@ from runtime.exits import Interrupted
 from training import supervised
 from training.checkpoint import Checkpoints, TrainState
 from training.guards import NonFiniteLoss, OutOfMemory, deviations
+from training.spool import Spool
 
 from .conftest import begin
 from .faulty_rank import with_faults
@@ -86,6 +87,26 @@ def test_a_skipped_step_is_as_if_its_batches_were_not_there(train, project: Path
     monkeypatch.setattr(supervised.Loader, "batch", lambda self, index: real(self, index + (MICRO if index >= MICRO else 0)))
     set_aside_checkpoints(project)
     assert torch.equal(weights(train()), skipped)
+
+
+def test_after_a_skip_a_resumed_process_logs_no_step_again(train, edit_params, project: Path, monkeypatch: pytest.MonkeyPatch):
+    """The third attempt is bad. A process dies after it has logged step 3, and the next begins again at step 2, before that attempt."""
+    edit_params(project, lambda params: params["alignment"].update(log_every=1))
+    real = Loader.batch
+
+    def die(self: Loader, index: int) -> Any:
+        if index == 4 * MICRO:
+            raise RuntimeError("the machine is gone")
+        return real(self, index)
+
+    with monkeypatch.context() as first:
+        first.setattr(Loader, "batch", die)
+        with pytest.raises(RuntimeError, match="gone"):
+            train("nan", steps(2))
+    train("nan", steps(2))
+    (folder,) = project.glob("outputs/runs/alignment/*")
+    logged = [event["step"] for event, _ in Spool(folder).read() if event["kind"] == "metrics" and "loss" in event["values"]]
+    assert logged == [1, 2, 3, 4]
 
 
 def test_an_input_that_is_no_number_is_a_bad_step_whatever_the_loss_says(train, project: Path):
