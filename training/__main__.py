@@ -2,6 +2,7 @@
 
 python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export | report [--full] [--json] | replay
 python -m training status [STAGE] [--json] | keep CHECKPOINT | estimate [--preset NAME] [--gpus N] [--gpu NAME] [--rates FILE] [--measure]
+python -m training ablate [EXPERIMENT] [--samples N] [--again] [--table]
 """
 
 import argparse
@@ -44,10 +45,17 @@ def main() -> None:
     estimate.add_argument("--prompt-tokens", type=int, default=128, help="text tokens of a prompt with its template")
     estimate.add_argument("--measure", action="store_true", help="time some steps of this very model here and compare with the count")
     estimate.add_argument("--out", type=Path, help="with --measure: where the measured rates go")
+    ablate = verbs.add_parser(
+        "ablate", help="short trainings of variants over several seeds, ablations/EXPERIMENT.yaml; goes on where it stopped"
+    )
+    ablate.add_argument("experiment", nargs="?", default="claims")
+    ablate.add_argument("--samples", type=int, help="of each evaluation part; by default the preset's")
+    ablate.add_argument("--again", action="store_true", help="replace results of other params, code, data or foundation")
+    ablate.add_argument("--table", action="store_true", help="compare the results that are there, as Markdown")
     arguments = parser.parse_args()
     set_environment()
 
-    tools = {"status": show_status, "estimate": show_estimate, "keep": keep_checkpoint}
+    tools = {"status": show_status, "estimate": show_estimate, "keep": keep_checkpoint, "ablate": run_ablation}
     if arguments.verb in tools:
         with guard(arguments.verb):
             tools[arguments.verb](arguments)
@@ -119,6 +127,16 @@ def keep_checkpoint(arguments: argparse.Namespace) -> None:
 
     register_checkpoint(arguments.checkpoint)
     print(f"{arguments.checkpoint} stays", flush=True)
+
+
+def run_ablation(arguments: argparse.Namespace) -> None:
+    from training.ablation_table import print_table
+    from training.ablations import run_queue
+
+    if arguments.table:
+        print_table(find_root(), arguments.experiment)
+    else:
+        run_queue(find_root(), arguments.experiment, arguments.samples, arguments.again)
 
 
 def show_estimate(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Settings of the stages, of evaluation and of the launch, as written in params.yaml."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -146,6 +146,37 @@ class EvaluationConfig(Settings):
     guidance: NonNegativeFloat = 1.0
     batch_size: PositiveInt = 64
     seed: int = 0
+
+
+class VariantConfig(Settings):
+    """One configuration of an experiment, and the paper's claim that it asks about."""
+
+    claim: str
+    paper: str = Field(description="where the paper says or measures it")
+    expected: Literal["lower", "higher"] = Field(description="its scores beside base, if the claim holds")
+    overrides: dict[str, Any] = Field(min_length=1, description="dotted keys of params.yaml")
+
+
+class ExperimentConfig(Settings):
+    """`ablations/<name>.yaml`: variants of a preset, each compared with it over the same seeds."""
+
+    preset: str
+    share_of_steps: float = Field(gt=0.0, le=1.0, description="of the preset's steps of alignment and sft")
+    seeds: int = Field(ge=1, le=100, description="0, 1, ... of alignment and sft; the mixtures' are moved with them")
+    overrides: dict[str, Any] = Field({}, description="dotted keys of params.yaml, for base and variants alike")
+    base: str = Field(description="what the preset is, in words")
+    variants: dict[str, VariantConfig] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_are_file_names(self) -> Self:
+        wrong = [name for name in self.variants if name == "base" or not name.replace("_", "").isalnum()]
+        if wrong:
+            raise ValueError(f"variants: {wrong} can't be names; allowed: letters, digits and _, and not base")
+        return self
+
+    def configurations(self) -> dict[str, dict[str, Any]]:
+        """Overrides by name, base first."""
+        return {"base": {}} | {name: variant.overrides for name, variant in self.variants.items()}
 
 
 class LaunchConfig(Settings):

@@ -9,7 +9,7 @@ from model.lora import lora_targets
 from model.parts import parameter_report
 from model.weights import save_model
 from runtime.files import read_json, tensors_digest, write_json
-from runtime.stage import StageRun
+from runtime.stage import StageRun, rank
 from training.pictures import save_curves
 from training.tracking import Tracker
 from training.validation import LOSS, STOPPED, draw_board, held_out_loss
@@ -24,6 +24,7 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[d
     save_model(model, folder / "model")
     metrics: dict[str, Any] = {
         "steps": len(history),
+        "parameters": read_json(run.folder / "parameters.json"),
         "held_out_loss": {"before": read_json(run.folder / "before.json"), "after": held_out_loss(run, model)},
     }
     if history and STOPPED in history[-1]:
@@ -52,6 +53,8 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[d
 def report_parameters(run: StageRun, model: DeepGen, tracker: Tracker) -> None:
     """What trains and what is frozen, by part, with dtypes and LoRA's targets: to the log, MLflow and Dagster."""
     rows = parameter_report(model.named_parameters())
+    if rank() == 0:
+        write_json(run.folder / "parameters.json", rows)  # LoRA is merged by the time the numbers are published
     texts = {f"parameters.{row['part']}": "trained {trained:,}, frozen {frozen:,}, {dtype}".format(**row) for row in rows}
     texts["parameters.lora"] = lora_targets(model)
     for name, text in texts.items():

@@ -121,10 +121,10 @@ class Sender:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         from mlflow import MlflowClient
 
-        store = open_store(self.root)
+        first, _ = next(self.spool.read())
+        store = open_store(self.root, first["experiment"])
         self.client = client = MlflowClient(store, store)
         try:
-            first, _ = next(self.spool.read())
             found = client.get_experiment_by_name(first["experiment"])
             self.experiment_id = found.experiment_id if found else client.create_experiment(first["experiment"])
             if self.run_id is None or not self._lives():

@@ -290,3 +290,13 @@ def test_the_last_checkpoint_is_told_although_it_was_written_in_the_background(p
         run_supervised(run, "alignment")
     told = [event["name"] for event, _ in Spool(run.folder).read() if event["kind"] == "checkpoint"]
     assert told == ["alignment-step-000002", "alignment-step-000004"]
+
+
+def test_pictures_of_an_experiment_of_any_name_lie_beside_its_store(project: Path, edit_params):
+    edit_params(project, lambda params: params["registry"].update(experiment="another"))
+    with begin(project, "alignment") as run, track(run) as tracker:
+        picture = run.folder / "grid.png"
+        Image.new("RGB", (2, 2)).save(picture)
+        tracker.picture(picture)
+    (stored,) = (project / "outputs" / "mlflow" / "artifacts").rglob("grid.png")
+    assert stored.read_bytes() == picture.read_bytes()

@@ -1,0 +1,327 @@
+"""The paper's claims at small scale: configurations times seeds, a queue that can be stopped, one JSON a configuration and seed.
+
+Each item is a project folder of its own under outputs/ablations/, with this clone's code, shards and foundation and its own params.yaml.
+The stage commands run there as they do here, so that params.yaml, outputs/ and dvc.lock of the project stay as they are.
+"""
+
+import copy
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from scipy.stats import binomtest
+
+from runtime.exits import DONE, INTERRUPTED, Interrupted, Plain, StopRequest
+from runtime.files import read_json, sha256_file, sha256_json, sha256_path, write_json
+from runtime.mlflow_store import open_store
+from runtime.params import ParamsError, check_params, parse_params
+from runtime.progress import Progress
+from runtime.recipe import load_stages
+from runtime.run_folder import claimed
+from runtime.stage import Locked
+from training.config import ExperimentConfig
+
+ROOMS = ("data", "model", "training", "runtime")
+SHARED = (*ROOMS, "dvc.yaml", "takedown.txt", "foundation")
+SECTIONS = ("data", "mixture", "foundation", "model", "latents", "alignment", "sft", "evaluation", "launch")  # that a result depends on
+STAGES = ("alignment", "sft")
+STATE = "state.json"  # of an item: its digests, the stages that are done, their seconds
+
+
+class OtherResult(Plain):
+    """A result is there, but of other params, code, data or foundation."""
+
+
+class StageFailed(Plain):
+    """A stage command of an item failed."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One configuration with one seed. values is its params.yaml; digests say what its result depends on."""
+
+    experiment: str
+    configuration: str
+    seed: int
+    overrides: dict[str, Any]
+    values: dict[str, Any]
+    digests: dict[str, str]
+    root: Path
+    own_evaluation: bool  # its evaluation parts have another number of samples than the project's
+
+    @property
+    def name(self) -> str:
+        return f"{self.configuration}-seed{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "ablations" / self.experiment / f"{self.name}.json"
+
+    @property
+    def project(self) -> Path:
+        return self.root / "outputs" / "ablations" / self.experiment / self.name
+
+    @property
+    def stages(self) -> list[str]:
+        parts = [f"shards@{part}" for part in self.values["evaluation"]["parts"]] if self.own_evaluation else []
+        trained = [name for stage in STAGES for name in (stage, f"evaluation@{stage}")]
+        return [*parts, "mixture@alignment", "mixture@sft", "foundation", "latents", *trained]
+
+    def steps(self, stage: str) -> int:
+        return self.values[stage]["steps"] if stage in STAGES else 0
+
+
+def load_experiment(root: Path, name: str) -> ExperimentConfig:
+    """`ablations/<name>.yaml`.
+
+    Raises:
+        ParamsError: there is none of that name, or a key or value of it is wrong.
+    """
+    path = root / "ablations" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise ParamsError(f"{name}: no such experiment in ablations/; allowed: {', '.join(known) or 'none yet'}")
+    try:
+        return ExperimentConfig.model_validate(parse_params(path.read_text(), f"ablations/{path.name}"))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise ParamsError(f"ablations/{path.name} can't be used:\n" + "\n".join(lines) + "\nNothing was started.") from error
+
+
+def plan_items(root: Path, name: str, samples: int | None = None) -> list[Item]:
+    """Every item, all configurations of a seed before the next seed, so that what is done early can be compared.
+
+    Args:
+        samples: of each evaluation part; None takes the preset's.
+
+    Raises:
+        ParamsError: an override names an unknown key or gives an impossible value.
+        FileNotFoundError: the preset's shards are not built.
+    """
+    experiment = load_experiment(root, name)
+    preset = root / "presets" / f"{experiment.preset}.yaml"
+    if not preset.is_file():
+        raise ParamsError(f"ablations/{name}.yaml: preset: {experiment.preset} is no name in presets/")
+    values = parse_params(preset.read_text(), preset.name)
+    configurations = experiment.configurations()
+    planned = []
+    for seed in range(experiment.seeds):
+        for configuration, overrides in configurations.items():
+            own = item_values(values, experiment, overrides, seed, samples) | {"registry": values["registry"] | {"experiment": name}}
+            check_params(own, f"{configuration} of ablations/{name}.yaml")
+            planned.append((configuration, seed, overrides, own))
+    shared = shared_digests(root, planned[0][3], experiment.preset, samples is not None)
+    return [
+        Item(name, configuration, seed, overrides, own, shared | {"params": params_digest(own)}, root, samples is not None)
+        for configuration, seed, overrides, own in planned
+    ]
+
+
+def item_values(
+    preset: dict[str, Any], experiment: ExperimentConfig, overrides: dict[str, Any], seed: int, samples: int | None
+) -> dict[str, Any]:
+    """params.yaml of one item: the preset with fewer steps, overridden by dotted keys, with its own seeds of weights, noise and order."""
+    values = copy.deepcopy(preset)
+    for stage in STAGES:
+        values[stage]["steps"] = max(1, round(values[stage]["steps"] * experiment.share_of_steps))
+    for dotted, value in (experiment.overrides | overrides).items():
+        *sections, key = dotted.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ParamsError(f"override {dotted}: {section} holds no keys in presets/{experiment.preset}.yaml; override it as a whole")
+        place[key] = value
+    for stage in STAGES:
+        values[stage]["seed"] = seed
+        values["mixture"][stage]["seed"] += 100 * seed
+    if samples is not None:
+        for part in values["evaluation"]["parts"]:
+            values["data"]["parts"][part]["samples"] = samples
+    return values
+
+
+def params_digest(values: dict[str, Any]) -> str:
+    return sha256_json({section: values[section] for section in SECTIONS})
+
+
+def shared_digests(root: Path, values: dict[str, Any], preset: str, own_evaluation: bool) -> dict[str, str]:
+    """What all items read alike: code, foundation by its provenance (a random one is in the params), training data by dataset id.
+
+    Raises:
+        FileNotFoundError: a part is not built, or was built with other numbers than the preset's.
+    """
+    ids = {}
+    for part, config in values["data"]["parts"].items():
+        if own_evaluation and part in values["evaluation"]["parts"]:
+            continue
+        manifest = root / "outputs" / "shards" / part / "manifest.json"
+        found = read_json(manifest) if manifest.is_file() else None
+        if found is None or config["samples"] not in (None, found["counts"]["input"]):
+            raise FileNotFoundError(
+                f"outputs/shards/{part} {'is missing' if found is None else 'holds another number of records'}: an ablation reads the "
+                f"shards of preset {preset}. Build them: `deepgen preset use {preset}`, then `dvc repro shards@{part}` or `deepgen run`."
+            )
+        ids[part] = found["dataset_id"]
+    takedown, provenance = root / "takedown.txt", root / values["foundation"]["path"] / "provenance.json"
+    return {
+        "code": sha256_json({room: sha256_path(root / room) for room in ROOMS}),
+        "data": sha256_json([ids, sha256_file(takedown)]),
+        "foundation": sha256_file(provenance) if values["foundation"]["source"] == "folder" else "none",
+    }
+
+
+def run_queue(root: Path, name: str, samples: int | None = None, again: bool = False) -> None:
+    """Run what has no result yet, one item after the other.
+
+    Args:
+        again: run those anew whose results are of other params, code, data or foundation.
+
+    Raises:
+        OtherResult: there are such results, and `again` was not asked for.
+        Interrupted: asked to stop; the same command goes on in the stage that it was in.
+        StageFailed: naming the command, its exit code and its log.
+        Locked: another process works on this experiment.
+    """
+    items = plan_items(root, name, samples)
+    todo = [item for item in items if not has_result(item, again)]
+    print(f"{name}: {len(items) - len(todo)} of {len(items)} results are there", flush=True)
+    if todo:
+        run_items(root, name, items, todo)
+    print(f"{name}: all results are in ablations/{name}/; `python -m training ablate {name} --table` compares them", flush=True)
+
+
+def run_items(root: Path, name: str, items: list[Item], todo: list[Item]) -> None:
+    """One at a time, under the experiment's lock, with one MLflow store for all: outputs/ablations/NAME/outputs/mlflow."""
+    folder = root / "outputs" / "ablations" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    stop = StopRequest()
+    stop.install()
+    with claimed(folder) as ours:
+        if not ours:
+            raise Locked(f"{folder.relative_to(root)} is being written by another `ablate {name}`; wait or stop it.")
+        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": open_store(folder, name)}
+        total = sum(item.steps(stage) for item in items for stage in STAGES)
+        left = sum(item.steps(stage) for item in todo for stage in STAGES if stage not in read_state(item)["done"])
+        with Progress(total, "step", f"ablate {name}", start=total - left) as progress:
+            for item in todo:
+                run_item(item, environment, stop, progress)
+    stop.over()
+
+
+def has_result(item: Item, again: bool) -> bool:
+    """Whether the item needs no run. Raises OtherResult for a result of something else, unless it may be replaced."""
+    if not item.result.is_file():
+        return False
+    found = read_json(item.result)["digests"]
+    moved = sorted(name for name in found.keys() | item.digests.keys() if found.get(name) != item.digests.get(name))
+    if moved and not again:
+        raise OtherResult(
+            f"{item.result.relative_to(item.root)} is of other {', '.join(moved)} than now. Put that back, or run such items anew with "
+            "--again, which replaces their JSON (git keeps the old one)."
+        )
+    return not moved
+
+
+def read_state(item: Item) -> dict[str, Any]:
+    """How far the item's project folder is; a folder of other digests, or one half made, counts as none."""
+    path = item.project / STATE
+    state = read_json(path) if path.is_file() else {}
+    return state if state.get("digests") == item.digests else {"digests": item.digests, "done": [], "seconds": {}}
+
+
+def make_project(item: Item) -> None:
+    """The item's project folder, anew. Its state is written last: without one the folder counts for nothing."""
+    shutil.rmtree(item.project, ignore_errors=True)
+    shards = item.project / "outputs" / "shards"
+    shards.mkdir(parents=True)
+    for name in SHARED:
+        (item.project / name).symlink_to(item.root / name)
+    own = item.values["evaluation"]["parts"] if item.own_evaluation else ()
+    for part in item.values["data"]["parts"]:
+        if part not in own:  # hard links: a digest does not follow symbolic ones, and nothing published is written in place
+            shutil.copytree(item.root / "outputs" / "shards" / part, shards / part, copy_function=os.link)
+    write_json(item.project / "params.yaml", item.values)  # JSON is YAML
+    write_json(item.project / STATE, read_state(item))
+
+
+def run_item(item: Item, environment: dict[str, str], stop: StopRequest, progress: Progress) -> None:
+    """The stages that are not done yet, in order; then the result, written once."""
+    if not (item.project / STATE).is_file() or read_json(item.project / STATE)["digests"] != item.digests:
+        make_project(item)
+    state, log = read_state(item), item.project / "log.txt"
+    commands = load_stages(item.project, item.values)
+    for stage in item.stages:
+        if stage in state["done"]:
+            continue
+        if stop:
+            raise Interrupted(f"stopped before {stage} of {item.name}; the same command goes on")
+        print(f"{item.name}: {stage}, as told in {log.relative_to(item.root)}", flush=True)
+        began = time.monotonic()
+        code = run_command(commands[stage].cmd, item.project, log, environment, stop)
+        state["seconds"][stage] = round(state["seconds"].get(stage, 0.0) + time.monotonic() - began, 1)
+        if code == DONE:
+            state["done"].append(stage)
+        write_json(item.project / STATE, state)
+        if code == INTERRUPTED or (code < 0 and stop):  # a command that was still importing dies of the signal
+            raise Interrupted(f"stopped in {stage} of {item.name}; the same command goes on")
+        if code != DONE:
+            last = "\n".join(log.read_text().splitlines()[-20:])
+            raise StageFailed(f"{item.name}: `{commands[stage].cmd}` ended with {code}, see {log.relative_to(item.root)}:\n{last}")
+        if steps := item.steps(stage):
+            progress.update(steps)
+    write_json(item.result, result_of(item, state["seconds"]))
+    (item.project / STATE).unlink()
+    for name in ("runs", "shards", "foundation", "latents", "mixture"):  # models, curves and pictures stay
+        shutil.rmtree(item.project / "outputs" / name, ignore_errors=True)
+
+
+def run_command(command: str, folder: Path, log: Path, environment: dict[str, str], stop: StopRequest) -> int:
+    """Exit code of a stage command of dvc.yaml in an item's folder. Ctrl-C does not reach its session: it is told once, from here."""
+    with open(log, "a") as output:
+        process = subprocess.Popen(
+            [sys.executable, *shlex.split(command)[1:]],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        told = False
+        while process.poll() is None:
+            if stop and not told:
+                process.terminate()
+                told = True
+            time.sleep(0.1)
+    return process.returncode
+
+
+def result_of(item: Item, seconds: dict[str, float]) -> dict[str, Any]:
+    """What is kept of an item: per stage its steps, parameters, losses, model digest, and scores with 95% intervals (Wilson)."""
+    stages = {}
+    for stage in STAGES:
+        metrics = read_json(item.project / "outputs" / stage / "metrics.json")
+        evaluation = item.project / "outputs" / "evaluation" / stage
+        scores = read_json(evaluation / "metrics.json")
+        for task in scores.values():
+            for kind in task["kinds"].values():
+                interval = binomtest(round(kind["n"] * kind["strict"]), kind["n"]).proportion_ci(method="wilson")
+                kind["interval_95"] = [round(interval.low, 4), round(interval.high, 4)]
+        stages[stage] = metrics | {"model_digest": read_json(evaluation / "gates.json")["model_digest"], "evaluation": scores}
+    return {
+        "experiment": item.experiment,
+        "configuration": item.configuration,
+        "seed": item.seed,
+        "overrides": item.overrides,
+        "digests": item.digests,
+        "stages": stages,
+        "seconds": seconds,
+    }
