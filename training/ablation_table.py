@@ -94,5 +94,5 @@ def spell(values: Sequence[float]) -> str:
 
 def connector_parameters(result: dict[str, Any]) -> int:
     """Of the connector with its think tokens."""
-    rows = result["stages"]["alignment"]["parameters"]
-    return sum(row["trained"] for row in rows if row["part"] in ("connector", "think_tokens"))
+    counts = result["stages"]["alignment"]["parameters"]
+    return sum(counts[part]["trained"] for part in ("connector", "think_tokens"))

@@ -54,7 +54,8 @@ def report_parameters(run: StageRun, model: DeepGen, tracker: Tracker) -> None:
     """What trains and what is frozen, by part, with dtypes and LoRA's targets: to the log, MLflow and Dagster."""
     rows = parameter_report(model.named_parameters())
     if rank() == 0:
-        write_json(run.folder / "parameters.json", rows)  # LoRA is merged by the time the numbers are published
+        counts = {row["part"]: {"trained": row["trained"], "frozen": row["frozen"]} for row in rows}
+        write_json(run.folder / "parameters.json", counts)  # LoRA is merged by the time the numbers are published
     texts = {f"parameters.{row['part']}": "trained {trained:,}, frozen {frozen:,}, {dtype}".format(**row) for row in rows}
     texts["parameters.lora"] = lora_targets(model)
     for name, text in texts.items():

@@ -179,7 +179,7 @@ def test_without_think_tokens_or_with_one_layer_a_stage_stopped_and_started_agai
 
 def result(seed: int, right: float, words: int = 0, connector: int = 100) -> dict:
     kinds = {"single": {"n": 10, "strict": right}, "two": {"n": 30, "strict": right}, "word": {"n": words, "strict": 1.0}}
-    parameters = [{"part": part, "trained": connector, "frozen": 0, "dtype": "float32"} for part in ("connector", "think_tokens", "dit")]
+    parameters = {part: {"trained": connector, "frozen": 0} for part in ("connector", "think_tokens", "dit")}
     stage = {"parameters": parameters, "evaluation": {task: {"kinds": kinds} for task in ("text_to_image", "image_edit")}}
     return {"seed": seed, "digests": {"code": "a", "data": "b", "foundation": "c"}, "stages": {"alignment": stage, "sft": stage}}
 
