@@ -24,7 +24,7 @@ from runtime.progress import Progress
 from runtime.run_folder import SPOOL, run_folders, writer_of
 from runtime.stage import StageRun
 from training.page import ALL, NO_WORDS, TITLES, headlines, save_pictures, write_page
-from training.scoring import facts, score, wilson_interval
+from training.scoring import facts, score, share
 from training.spool import Spool
 from training.tracking import attach
 
@@ -100,7 +100,10 @@ def build_figures(run: StageRun, scores: Scores) -> dict[str, Any]:
             **{stage: {row["part"]: row["dataset_id"] for rows in mixtures[stage]["tasks"].values() for row in rows} for stage in STAGES},
         },
         "accuracy": {
-            stage: {task: {name: share(some) for name, some in groups(rows).items()} for task, rows in scores[stage].items()}
+            stage: {
+                task: {name: share([row["strict"] for row in some]) for name, some in groups(rows).items()}
+                for task, rows in scores[stage].items()
+            }
             for stage in STAGES
         },
         "parts": {stage: {task: part_means(rows) for task, rows in scores[stage].items()} for stage in STAGES},
@@ -122,13 +125,6 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for kind in sorted({row["kind"] for row in rows}):
         named[kind] = [row for row in rows if row["kind"] == kind]
     return {name: some for name, some in named.items() if some}
-
-
-def share(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of how many rows which share is strictly right, with its 95% interval."""
-    right = sum(row["strict"] for row in rows)
-    low, high = wilson_interval(right, len(rows))
-    return {"n": len(rows), "strict": round(right / len(rows), 4), "interval_95": [round(low, 4), round(high, 4)]}
 
 
 def part_means(rows: Sequence[Row]) -> dict[str, float]:

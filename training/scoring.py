@@ -80,15 +80,17 @@ def summarize(scored: Sequence[Scored]) -> dict[str, Any]:
         kinds[row.sample.kind].append(row.strict)
         for name, value in row.parts.items():
             parts[name].append(value)
-    right = sum(row.strict for row in scored)
-    low, high = wilson_interval(right, len(scored))
-    return {
-        "n": len(scored),
-        "strict": round(right / len(scored), 4),
-        "interval_95": [round(low, 4), round(high, 4)],
+    return share([row.strict for row in scored]) | {
         "kinds": {kind: {"n": len(rows), "strict": round(sum(rows) / len(rows), 4)} for kind, rows in sorted(kinds.items())},
         "parts": {name: round(sum(values) / len(values), 4) for name, values in sorted(parts.items())},
     }
+
+
+def share(strict: Sequence[bool]) -> dict[str, Any]:
+    """Of how many which share is strictly right, with its 95% interval."""
+    right = sum(strict)
+    low, high = wilson_interval(right, len(strict))
+    return {"n": len(strict), "strict": round(right / len(strict), 4), "interval_95": [round(low, 4), round(high, 4)]}
 
 
 def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from scipy.stats import binomtest
 
 from data.verifier import Verdict
 from model.weights import load_model, save_model
@@ -23,6 +24,7 @@ from runtime.params import STAGES
 from training import report, scoring
 from training.evaluate import run_evaluation
 from training.report import OtherSamples, compare, groups, paired, run_report
+from training.scoring import share
 
 from .conftest import begin
 
@@ -116,6 +118,11 @@ def test_it_says_which_runs_are_behind_it_and_they_keep_the_page(reported: tuple
     assert str(folder.relative_to(project)) in page
     artifacts = MlflowClient(open_store(project)).list_artifacts(read_json(folder / "mlflow.json")["run_id"], "report")
     assert {"report/index.html", "report/accuracy.png", "report/stages_image_edit.png"} <= {item.path for item in artifacts}
+
+
+def test_a_share_comes_with_wilsons_interval():
+    interval = binomtest(8, 10).proportion_ci(method="wilson")
+    assert share([True] * 8 + [False] * 2) == {"n": 10, "strict": 0.8, "interval_95": [round(interval.low, 4), round(interval.high, 4)]}
 
 
 def test_a_paired_difference_counts_only_what_changed_sides():
