@@ -42,8 +42,18 @@ TASK_OF: dict[str, Task] = {"t2i_pretrain_json": "text_to_image", "t2i_sft_json"
 
 MAX_PIXELS = 50_000_000  # of one image, before it is decoded: 150 MB as RGB
 DRAWN_SIZE = 64  # pixels a side of a drawn image
-KINDS = {"single": 0.1, "position": 0.2, "relation": 0.3, "count": 0.2, "two": 0.15, "word": 0.05}
-EDITS = {"recolor": 0.3, "remove": 0.25, "add": 0.25, "move": 0.2}
+KINDS = {"single": 0.15, "position": 0.15, "count": 0.15, "two": 0.15, "relation": 0.15, "reasoning": 0.15, "word": 0.1}
+EDITS = {
+    "recolor": 0.15,
+    "remove": 0.15,
+    "add": 0.15,
+    "move": 0.15,
+    "replace": 0.15,
+    "reasoning": 0.1,
+    "combine": 0.1,
+    "word": 0.05,
+    "pick": 0.0,
+}
 
 
 Deduplicate = Literal["none", "exact", "near"]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestration.child import run_child
 from runtime import exits
 from runtime.environment import set_environment
 
@@ -160,7 +161,20 @@ def report(
 ) -> None:
     """Write the page of the run, outputs/report/index.html: numbers with intervals, stage against stage, pictures, curves."""
     options = [name for name, asked in (("--full", full), ("--json", as_json)) if asked]
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "training", "report", *options], cwd=_root()).returncode)
+    raise typer.Exit(run_child([sys.executable, "-m", "training", "report", *options], _root()))
+
+
+@app.command()
+def foundation() -> None:
+    """Train the parts that ship in foundation/ anew, hours on two cores, and record them. Interrupted, it goes on by the same command."""
+    from orchestration.dvc import DvcCommand
+
+    root = _root()
+    code = run_child([sys.executable, "-m", "training", "train_foundation"], root)
+    if code != exits.DONE:
+        raise typer.Exit(code)
+    DvcCommand(root).record("foundation/dvc.yaml:train")
+    typer.echo("foundation/ is trained and recorded; next: git commit foundation, then deepgen run")
 
 
 @app.command()

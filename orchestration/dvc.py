@@ -68,8 +68,12 @@ class DvcCommand:
 
     def commit(self, stage: Stage) -> None:
         """Record the stage's inputs and outputs in dvc.lock, and its outputs in the cache."""
+        self.record(stage.name)
+
+    def record(self, address: str) -> None:
+        """`commit` for a stage of any dvc.yaml: its name in ours, or `folder/dvc.yaml:name`."""
         self._survey = None
-        self._run("commit", "--force", stage.name)
+        self._run("commit", "--force", address)
 
     def lock_md5(self, stage: Stage) -> str:
         """Content hash of the stage's first output, as recorded.

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, TextIO
 
@@ -66,6 +67,18 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[StopRequest]:
+    """The body of a command that ends with its parent, and where a signal is a request. Nested inside `runtime.stage.guard`."""
+    exit_with_parent()
+    stop = StopRequest()
+    stop.install()
+    try:
+        yield stop
+    finally:
+        stop.over()
 
 
 class QuietStream:

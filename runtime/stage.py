@@ -135,16 +135,10 @@ def open_run_folder(root: Path, stage: Stage, digests: dict[str, str], locked: b
 def open_stage(name: str) -> Iterator[StageRun]:
     """A stage command's body between its snapshot and its report. Exits the process with the codes of `runtime.exits` on failure."""
     root = find_root()
-    with guard(name):
-        exits.exit_with_parent()
-        stop = exits.StopRequest()
-        stop.install()
-        try:
-            with begin_stage(root, name, stop) as run:
-                yield run
-            _report_to_dagster(run)
-        finally:
-            stop.over()
+    with guard(name), exits.stopping() as stop:
+        with begin_stage(root, name, stop) as run:
+            yield run
+        _report_to_dagster(run)
 
 
 @contextlib.contextmanager

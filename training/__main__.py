@@ -2,6 +2,7 @@
 
 python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export | report [--full] [--json] | replay
 python -m training status [STAGE] [--json] | keep CHECKPOINT | estimate [--preset NAME] [--gpus N] [--gpu NAME] [--rates FILE] [--measure]
+python -m training train_foundation [--part vlm|clip|dit] [--params FILE] [--out FOLDER]
 python -m training ablate [EXPERIMENT] [--samples N] [--again] [--table]
 """
 
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 from runtime.environment import set_environment
+from runtime.exits import stopping
 from runtime.params import ParamsError, load_params, parse_params
 from runtime.stage import find_root, guard, open_stage
 
@@ -30,7 +32,10 @@ def main() -> None:
     )
     report.add_argument("--json", action="store_true", help="print the figures, and nothing else")
     verbs.add_parser("replay", help="send to MLflow what waits in the run folders since it could not be reached")
-    verbs.add_parser("train_foundation", help="train the small foundation anew (foundation/params.yaml)")
+    train = verbs.add_parser("train_foundation", help="train the small foundation anew (foundation/params.yaml); goes on where stopped")
+    train.add_argument("--part", choices=["vlm", "clip", "dit"], help="that part alone, and nothing is shipped")
+    train.add_argument("--params", default="foundation/params.yaml")
+    train.add_argument("--out", default="outputs/foundation_training")
     status = verbs.add_parser("status", help="what every run of a training stage is doing, or how it ended")
     status.add_argument("stage", nargs="?", help="a stage of dvc.yaml; by default the three training stages")
     status.add_argument("--json", action="store_true")
@@ -61,9 +66,10 @@ def main() -> None:
             tools[arguments.verb](arguments)
         return
     if arguments.verb == "train_foundation":
-        from training.foundation_training import run_train_foundation
+        with guard(arguments.verb), stopping() as stop:  # before the imports: a stop meanwhile is none less
+            from training.foundation_training import run_train_foundation
 
-        run_train_foundation()
+            run_train_foundation(stop, arguments.part, arguments.params, arguments.out)
         return
     if arguments.verb == "replay":
         from training.spool import replay

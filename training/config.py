@@ -203,24 +203,54 @@ class LaunchConfig(Settings):
 
 
 class VLMTrainingConfig(Settings):
-    """The stand-in VLM, by echo and question answering, so that its hidden states carry what prompts say."""
+    """The stand-in VLM, by echo, question answering and a read-out, so that its hidden states carry what prompts say."""
 
     steps: PositiveInt
     batch_size: PositiveInt
     lr: PositiveFloat
-    image_share: float = Field(ge=0.0, le=1.0, description="share of the steps that ask about images")
+    image_share: float = Field(ge=0.0, le=1.0, description="share of the steps that show pictures")
     embedding_std: PositiveFloat = Field(1.0, description="large, so that no attribute drowns in the residual stream")
+    read_out: PositiveFloat = Field(1.0, description="weight of reading the prompt back from the think tokens of every stacked layer")
+    save_every: PositiveInt = 200
+
+
+class CLIPTrainingConfig(Settings):
+    """The small CLIP whose similarity is a reward."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(description="captions a step, all of one kind; with as many spoiled pictures beside theirs")
+    lr: PositiveFloat
+    width: PositiveInt = Field(64, multiple_of=16, description="of both towers, and of the space that they share")
+    layers: PositiveInt = 3
+    save_every: PositiveInt = 200
 
 
 class DiTTrainingConfig(Settings):
     """The stand-in DiT, which generates and edits from a plain text encoder, as the paper's initialisation does."""
 
     steps: PositiveInt
-    batch_size: PositiveInt
+    batch_size: PositiveInt = Field(description="samples a step, over all ranks")
     lr: PositiveFloat
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices of attention and feed-forward, adamw for the rest"
+    )
+    muon_lr: PositiveFloat | None = Field(None, description="of those matrices, on adamw's scale; null: lr")
+    weight_decay: NonNegativeFloat = 0.01
+    max_grad_norm: PositiveFloat = 1.0
+    warmup: PositiveInt = Field(100, description="steps up to lr")
+    decay: Literal["linear", "cosine"] = "linear"
+    decay_share: float = Field(0.2, ge=0.0, lt=1.0, description="of the steps, the last, in which lr falls to 2%; constant before")
     ema_decay: float = Field(ge=0.0, lt=1.0)
     text_dropout: float = Field(0.1, ge=0.0, le=1.0)
     kinds: dict[str, PositiveFloat] = Field(min_length=1, description="share of each kind of scene in text-to-image")
+    edits: dict[str, PositiveFloat] = Field(
+        min_length=1, description="share of each kind of edit; pick asks for one of two pictures as it is"
+    )
+    edit_share: float = Field(0.5, ge=0.0, le=1.0, description="of the samples")
+    save_every: PositiveInt = 500
+    score_every: PositiveInt = 1000
+    score_samples: PositiveInt = Field(256, description="of each task, for the scores on the way")
+    sampling_steps: PositiveInt = 12
 
 
 class FoundationTraining(Settings):
@@ -228,9 +258,12 @@ class FoundationTraining(Settings):
 
     preset: str = Field(description="the params file whose `model:` gives the shapes")
     seed: int
-    threads: PositiveInt
+    processes: PositiveInt = Field(1, description="ranks of the DiT's training")
+    threads: PositiveInt = Field(description="torch threads a process")
+    warm_start: str | None = Field(None, description="a folder whose DiT and text encoder this one goes on from; null: fresh weights")
     autoencoder_images: PositiveInt
     whitening: float = Field(ge=0.0, le=1.0)
     vlm: VLMTrainingConfig
+    clip: CLIPTrainingConfig
     dit: DiTTrainingConfig
     evaluation_samples: PositiveInt

@@ -13,7 +13,7 @@ from runtime.files import read_json, sha256_json, tensors_digest, write_json
 from runtime.progress import Progress
 from runtime.stage import StageRun
 from training.batching import batched
-from training.pictures import save_grid
+from training.pictures import edit_captions, edit_row, save_grid
 from training.scoring import Scored, facts, score, summarize
 from training.tracking import track
 
@@ -82,19 +82,12 @@ def save_scored_grid(scored: list[Scored], path: Path) -> None:
     """Images with their prompts, right ones marked; edits as source, result, target."""
     rows, captions = [], []
     for group in batched(scored, 8 if not scored[0].sample.references else 3):
-        rows.append(
-            [
-                image
-                for row in group
-                for image in ((*row.sample.references, row.image, row.sample.target) if row.sample.references else (row.image,))
-            ]
-        )
+        rows.append([image for row in group for image in edit_row(row.sample.references, row.image, row.sample.target)])
         captions.append([text for row in group for text in _texts(row)])
     save_grid(rows, path, captions, scale=2)
 
 
-def _texts(row: Scored) -> tuple[str, ...]:
+def _texts(row: Scored) -> list[str]:
     mark = "+ " if row.strict else "- "
-    if not row.sample.references:
-        return (mark + row.sample.prompt,)
-    return (row.sample.prompt, *[""] * (len(row.sample.references) - 1), mark + "result", "target")
+    count = len(row.sample.references)
+    return edit_captions(row.sample.prompt, count, mark + "result") if count else [mark + row.sample.prompt]

@@ -44,18 +44,23 @@ def start_ranks(config: LaunchConfig, arguments: list[str]) -> None:
     if config.processes == 1 or "RANK" in os.environ:
         return
     exits.exit_with_parent()
+    sys.exit(run_ranks(config.processes, config.threads, arguments))
+
+
+def run_ranks(processes: int, threads: int, arguments: list[str]) -> int:
+    """Start the ranks of a command, pass on the signals that come meanwhile, and wait: an exit code of `runtime.exits`."""
     with tempfile.TemporaryDirectory(prefix="deepgen-ranks-") as folder:
-        shared = {"WORLD_SIZE": str(config.processes), "LOCAL_WORLD_SIZE": str(config.processes), "OMP_NUM_THREADS": str(config.threads)}
+        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", MEETING: f"{folder}/meeting"}  # accelerate wants the first two
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"} | shared
         command = [sys.executable, "-m", *arguments]
-        ranks = [
-            subprocess.Popen(command, env=environment | {"RANK": str(n), "LOCAL_RANK": str(n)}, start_new_session=True)
-            for n in range(config.processes)
-        ]
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        ranks: list[subprocess.Popen[bytes]] = []
+        for number in exits.SIGNALS:
             signal.signal(number, lambda received, _: send(ranks, received))
-        sys.exit(wait_for_ranks(ranks))
+        for n in range(processes):
+            own = {"RANK": str(n), "LOCAL_RANK": str(n)}
+            ranks.append(subprocess.Popen(command, env=environment | own, start_new_session=True))
+        return wait_for_ranks(ranks)
 
 
 def send(ranks: Sequence["subprocess.Popen[bytes]"], number: int) -> None:
@@ -101,6 +106,14 @@ def refuse_missing(config: LaunchConfig) -> None:
     )
 
 
+def join_ranks(timeout: timedelta | None = None) -> None:
+    """Meet the other ranks of this command, where it has several."""
+    if MEETING in os.environ and not distributed.is_initialized():
+        meeting, size = os.environ[MEETING], int(os.environ["WORLD_SIZE"])
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=distributed.FileStore(meeting, size), rank=rank(), world_size=size, timeout=timeout)
+
+
 def build_accelerator(config: LaunchConfig) -> Accelerator:
     """Accelerator of this rank, with the configured precision and threads.
 
@@ -114,10 +127,7 @@ def build_accelerator(config: LaunchConfig) -> Accelerator:
     refuse_missing(config)
     torch.set_num_threads(config.threads)
     timeout = timedelta(seconds=config.hang_seconds + START) if config.hang_seconds else None
-    if MEETING in os.environ and not distributed.is_initialized():
-        meeting, size = os.environ[MEETING], int(os.environ["WORLD_SIZE"])
-        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, store=distributed.FileStore(meeting, size), rank=rank(), world_size=size, timeout=timeout)
+    join_ranks(timeout)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.precision == "fp32" else config.precision,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +55,12 @@ class EMA:
     def copy_to_parameters(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(self.average[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "updates": self.updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for name, average in self.average.items():
+            average.copy_(state["average"][name])

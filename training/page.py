@@ -20,6 +20,7 @@ from training.pictures import draw_curves, save_grid
 
 TITLES = {"text_to_image": "generation", "image_edit": "editing"}
 ALL, NO_WORDS = "all", "without words"
+FOUNDATION = "foundation"  # scored by --full alone
 SIDE = 128  # pixels to which larger images are reduced
 LOSSES = ("loss", "loss_text_to_image", "loss_image_edit", "held_out/text_to_image", "held_out/image_edit")
 Named = Mapping[str, Any]
@@ -204,6 +205,11 @@ def _commit(commit: str, dirty: str) -> str:
     return f"<code>{commit[:12]}</code>" + (" with uncommitted changes" if dirty == "true" else "")
 
 
+def columns(figures: Named) -> list[str]:
+    """What was scored, in order: the foundation where it was, and every stage."""
+    return [name for name in (FOUNDATION, *STAGES) if name in figures["accuracy"]]
+
+
 def headlines(figures: Named, stage: str) -> dict[str, Any]:
     """The figures that a stage is first judged by: generation without words, generation, editing."""
     named: dict[str, Any] = {}
@@ -236,15 +242,15 @@ def _falls(figures: Named) -> str:
 
 
 def _accuracy(figures: Named) -> Iterator[str]:
-    yield "<thead><tr><th></th><th>n</th>" + "".join(f"<th>{stage}</th>" for stage in STAGES)
+    yield "<thead><tr><th></th><th>n</th>" + "".join(f"<th>{name}</th>" for name in columns(figures))
     yield "".join(f"<th>{pair['before']} → {pair['after']}</th>" for pair in figures["paired"]) + "</tr></thead>"
     for task, named in figures["accuracy"][STAGES[-1]].items():
         for name, last in named.items():
             title = TITLES[task]
             yield f'<tr class="sum"><td>{title}</td>' if name == ALL else f"<tr><td>{title}: {escape(name)}</td>"
             yield f"<td>{last['n']}</td>"
-            for stage in STAGES:
-                row = figures["accuracy"][stage][task][name]
+            for column in columns(figures):
+                row = figures["accuracy"][column][task][name]
                 low, high = row["interval_95"]
                 yield f'<td class="bar" style="--part: {row["strict"]:.1%}">{row["strict"]:.3f} <small>[{low:.3f}, {high:.3f}]</small></td>'
             for pair in figures["paired"]:

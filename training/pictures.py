@@ -28,6 +28,16 @@ def save_grid(rows: Sequence[Sequence[np.ndarray]], path: Path, captions: Sequen
     sheet.quantize(128).save(path, optimize=True)
 
 
+def edit_row(references: Sequence[np.ndarray], image: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
+    """What a grid shows of a sample: the image made, and of an edit its sources before and its target after."""
+    return [*references, image, target] if references else [image]
+
+
+def edit_captions(prompt: str, references: int, result: str = "result") -> list[str]:
+    """A line under each of `edit_row`."""
+    return [prompt, *["second"] * (references - 1), result, "target"] if references else [prompt]
+
+
 def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """`text`, cut with two dots where it is wider than `width` pixels."""
     if font.getlength(text) <= width:

@@ -7,25 +7,28 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.build import build_part
 from data.loader import Sample, read_part
-from model.weights import load_model
+from model.weights import load_foundation, load_model
 from runtime.exits import Interrupted, Plain
-from runtime.files import read_json, sha256_json, tensors_digest, write_json
+from runtime.files import read_json, sha256_json, sha256_path, tensors_digest, write_json
 from runtime.params import STAGES
 from runtime.progress import Progress
 from runtime.run_folder import SPOOL, run_folders, writer_of
 from runtime.stage import StageRun
-from training.page import ALL, NO_WORDS, TITLES, headlines, save_pictures, write_page
-from training.scoring import facts, score, share
+from training.dit_training import draw_images
+from training.page import ALL, FOUNDATION, NO_WORDS, TITLES, columns, headlines, save_pictures, write_page
+from training.scoring import Scored, facts, image_seeds, score, score_with, share
 from training.spool import Spool
+from training.text_encoder import TEXT_ENCODER, load_text_encoder
 from training.tracking import attach
 
 FULL = 1000  # samples a part with --full
@@ -47,7 +50,7 @@ def run_report(run: StageRun, full: bool = False, as_json: bool = False) -> None
     folder.mkdir()
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         found = score_more(run, place / "full") if full else read_scores(run.root)
-    scores = {stage: {task: found[stage][task] for task in TITLES if task in found[stage]} for stage in STAGES}
+    scores = {name: {task: rows[task] for task in TITLES if task in rows} for name, rows in found.items()}
     figures = build_figures(run, scores)
     runs = runs_behind(run.root)
     pictures = save_pictures(run.root, figures, scores, folder)
@@ -104,7 +107,7 @@ def build_figures(run: StageRun, scores: Scores) -> dict[str, Any]:
                 task: {name: share([row["strict"] for row in some]) for name, some in groups(rows).items()}
                 for task, rows in scores[stage].items()
             }
-            for stage in STAGES
+            for stage in scores
         },
         "parts": {stage: {task: part_means(rows) for task, rows in scores[stage].items()} for stage in STAGES},
         "paired": [
@@ -176,10 +179,10 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
 
 def as_text(figures: dict[str, Any]) -> Iterator[str]:
     """The accuracy table for a terminal: share and 95% interval, and what fell."""
-    yield f"{'right, 95% interval':<34} {'n':>5}  " + "".join(f"{stage:<23}" for stage in STAGES)
+    yield f"{'right, 95% interval':<34} {'n':>5}  " + "".join(f"{name:<23}" for name in columns(figures))
     for task, named in figures["accuracy"][STAGES[-1]].items():
         for name, row in named.items():
-            cells = [figures["accuracy"][stage][task][name] for stage in STAGES]
+            cells = [figures["accuracy"][column][task][name] for column in columns(figures)]
             shown = "".join("{:.3f} [{:.3f}, {:.3f}]   ".format(cell["strict"], *cell["interval_95"]) for cell in cells)
             yield f"{TITLES[task] + ': ' + name:<34} {row['n']:>5}  {shown}".rstrip()
     for pair in figures["paired"]:
@@ -238,8 +241,8 @@ def _clock(milliseconds: int) -> str:
 
 
 def score_more(run: StageRun, folder: Path) -> Scores:
-    """Every stage's model on FULL samples of each evaluation part. A stage that is scored is kept in `folder`, by the digest of its
-    weights, the settings and the code.
+    """Every stage's model, and the foundation where it ships its text encoder, on FULL samples of each evaluation part. What is scored is
+    kept in `folder`, by the digest of its weights, the settings and the code.
 
     Raises:
         Interrupted: asked to stop; the same command goes on with the stage that was under way.
@@ -248,15 +251,20 @@ def score_more(run: StageRun, folder: Path) -> Scores:
     config = run.params.evaluation
     parts = [list(more_samples(run, name)) for name in config.parts]
     settings = [config.model_dump(mode="json"), [sample.key for samples in parts for sample in samples], run.digests["code"]]
-    digests = {stage: sha256_json([tensors_digest(run.root / "outputs" / stage / "model"), settings]) for stage in STAGES}
+    models = {stage: run.root / "outputs" / stage / "model" for stage in STAGES}
+    own = run.root / (run.params.foundation.path or "")
+    if run.params.foundation.source == "folder" and (own / TEXT_ENCODER).is_file():
+        models = {FOUNDATION: own} | models
+    weights = {name: sha256_path(model) if name == FOUNDATION else tensors_digest(model) for name, model in models.items()}
+    digests = {name: sha256_json([digest, settings]) for name, digest in weights.items()}
     scores: Scores = {}
-    for stage in STAGES:
-        kept = read_json(folder / f"{stage}.json") if (folder / f"{stage}.json").exists() else {}
-        if kept.get("digest") == digests[stage]:
-            scores[stage] = kept["samples"]
+    for name in models:
+        kept = read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
+        if kept.get("digest") == digests[name]:
+            scores[name] = kept["samples"]
     each = sum(len(samples) for samples in parts)
     log = run.folder / "progress.jsonl"
-    with Progress(each * len(STAGES), "image", "report", log, start=each * len(scores)) as progress:
+    with Progress(each * len(models), "image", "report", log, start=each * len(scores)) as progress:
 
         def count(images: int) -> None:
             progress.update(images)
@@ -265,19 +273,31 @@ def score_more(run: StageRun, folder: Path) -> Scores:
                     f"stopped at image {progress.done} of {progress.total}; the same command goes on from the last whole stage"
                 )
 
-        for stage in STAGES:
-            if stage in scores:
+        for name in models:
+            if name in scores:
                 continue
-            model = load_model(run.root / "outputs" / stage / "model")
-            scores[stage] = {
-                samples[0].task: [
-                    facts(row)
-                    for row in score(model, samples, config.sampling_steps, config.guidance, config.batch_size, config.seed, count)
-                ]
-                for samples in parts
-            }
-            write_json(folder / f"{stage}.json", {"digest": digests[stage], "samples": scores[stage]})
+            draw = draw_by_foundation if name == FOUNDATION else draw_by_model
+            rows = [draw(run, models[name], samples, count) for samples in parts]
+            scores[name] = {samples[0].task: [facts(row) for row in scored] for samples, scored in zip(parts, rows, strict=True)}
+            write_json(folder / f"{name}.json", {"digest": digests[name], "samples": scores[name]})
     return scores
+
+
+def draw_by_model(run: StageRun, folder: Path, samples: Sequence[Sample], count: Callable[[int], None]) -> list[Scored]:
+    config = run.params.evaluation
+    return score(load_model(folder), samples, config.sampling_steps, config.guidance, config.batch_size, config.seed, count)
+
+
+def draw_by_foundation(run: StageRun, folder: Path, samples: Sequence[Sample], count: Callable[[int], None]) -> list[Scored]:
+    """By the foundation's DiT from its own plain text encoder, as it was trained: what the stages come from, and aim for."""
+    config, shapes = run.params.evaluation, run.params.model
+    model = load_foundation(folder, shapes).eval()
+    encoder = load_text_encoder(folder, shapes)
+
+    def draw(batch: Sequence[Sample]) -> np.ndarray:
+        return draw_images(model, encoder, batch, image_seeds(batch, config.seed), config.sampling_steps)
+
+    return score_with(draw, samples, config.batch_size, count)
 
 
 def more_samples(run: StageRun, name: str) -> Iterator[Sample]:

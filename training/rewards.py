@@ -39,7 +39,7 @@ class Reward(Protocol):
 
 
 class SceneParts:
-    """Parts that the drawn world's verifier reads from an image: count, shape, color, binding, relation, position, word."""
+    """Parts that the drawn world's verifier reads from an image: count, shape, color, binding, relation, position; word by its letters."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)

@@ -28,6 +28,9 @@ class Scored:
     parts: dict[str, float]
 
 
+Draw = Callable[[Sequence[Sample]], np.ndarray]  # samples of one size -> uint8 (N, H, W, 3)
+
+
 def score(
     model: DeepGen,
     samples: Iterable[Sample],
@@ -38,25 +41,38 @@ def score(
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Scored]:
     """Make an image for every sample (one seed each, from its key) and verify it. Samples of a part share the task."""
-    scored: list[Scored] = []
     model.eval()
-    for batch in one_size_batches(list(samples), batch_size):
-        references = reference_pixels(batch, model.device)
+
+    def draw(batch: Sequence[Sample]) -> np.ndarray:
         pixels = generate(
             model,
             [sample.prompt for sample in batch],
-            [seed_from("evaluation", seed, sample.key) for sample in batch],
+            image_seeds(batch, seed),
             batch[0].target.shape[:2],
-            references,
+            reference_pixels(batch, model.device),
             steps,
             guidance,
         )
-        for sample, image in zip(batch, to_uint8(pixels).cpu().numpy(), strict=True):
+        return to_uint8(pixels).cpu().numpy()
+
+    return score_with(draw, samples, batch_size, on_batch)
+
+
+def score_with(draw: Draw, samples: Iterable[Sample], batch_size: int, on_batch: Callable[[int], None] | None = None) -> list[Scored]:
+    """Verify what `draw` makes of the samples."""
+    scored: list[Scored] = []
+    for batch in one_size_batches(list(samples), batch_size):
+        for sample, image in zip(batch, draw(batch), strict=True):
             verdict = verify(sample.scene, image, sample.task)
             scored.append(Scored(sample, image, verdict.strict, verdict.parts))
         if on_batch is not None:
             on_batch(len(batch))
     return scored
+
+
+def image_seeds(samples: Sequence[Sample], seed: int) -> list[int]:
+    """What each sample's noise is drawn from: the same for every model."""
+    return [seed_from("evaluation", seed, sample.key) for sample in samples]
 
 
 def facts(scored: Scored) -> dict[str, Any]:

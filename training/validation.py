@@ -25,7 +25,7 @@ from training.checkpoint import TrainState
 from training.config import EarlyStopConfig, SupervisedConfig
 from training.losses import flow_matching_loss
 from training.optim import EMA
-from training.pictures import save_grid
+from training.pictures import edit_captions, edit_row, save_grid
 from training.randomness import quantiles, sample_noise
 from training.scoring import score
 from training.tracking import Tracker
@@ -199,19 +199,7 @@ def draw_board(run: StageRun, model: DeepGen, path: Path) -> None:
         samples = list(read_part(run.root / "outputs" / "shards" / part, BOARD))
         scored = score(model, samples, config.sampling_steps, config.guidance, config.batch_size, config.seed)
         for group in batched(scored, 8 if not samples[0].references else 3):
-            rows.append(
-                [
-                    image
-                    for row in group
-                    for image in ((*row.sample.references, row.image, row.sample.target) if row.sample.references else (row.image,))
-                ]
-            )
-            captions.append(
-                [
-                    text
-                    for row in group
-                    for text in ((row.sample.prompt, "result", "target") if row.sample.references else (row.sample.prompt,))
-                ]
-            )
+            rows.append([image for row in group for image in edit_row(row.sample.references, row.image, row.sample.target)])
+            captions.append([text for row in group for text in edit_captions(row.sample.prompt, len(row.sample.references))])
     if rank() == 0:
         save_grid(rows, path, captions, scale=2)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.config import PartConfig
-from data.drawn import EDITS, KINDS, draw_image_edit, draw_text_to_image
+from data.config import EDITS, KINDS, PartConfig
+from data.drawn import draw_image_edit, draw_text_to_image
 from data.images import encode_png
 from data.records import Record
 

@@ -2,19 +2,19 @@ import numpy as np
 import pytest
 
 from data.config import EDITS, KINDS
-from data.drawn import COLORS, VOCABULARY, DrawnSample, draw_image_edit, draw_text_to_image
+from data.drawn import COLORS, HELD_OUT, LETTERS, VOCABULARY, DrawnSample, draw_image_edit, draw_text_to_image, held_out
 
 SPLITS = ("train", "validation", "evaluation")
+ALL = [("text_to_image", kind) for kind in KINDS] + [("image_edit", kind) for kind in (*EDITS, "pick")]
 
 
 def draw(task: str, split: str, index: int, kinds: dict[str, float], seed: int = 5) -> DrawnSample:
     return (draw_image_edit if task == "image_edit" else draw_text_to_image)(split, seed, index, kinds)
 
 
-def content(sample: DrawnSample) -> tuple[str, ...]:
-    """The prompt and every object with its place in whole pixels: what no two splits may share."""
-    objects = [*sample.scene.get("objects", ()), *sample.scene.get("source", ()), *sample.scene.get("target", ())]
-    return (sample.prompt, *(str([o.get("word", o.get("shape")), o["color"], round(o["x"]), round(o["y"])]) for o in objects))
+def spoken(prompt: str) -> list[str]:
+    """The words of a prompt; a word in capitals is spoken letter by letter."""
+    return [part for word in prompt.split() for part in (list(word) if word.isupper() else [word])]
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "image_edit"])
@@ -34,24 +34,67 @@ def test_the_order_of_kinds_in_params_changes_no_draw():
     ]
 
 
-@pytest.mark.parametrize(("task", "kind"), [("text_to_image", "word"), ("text_to_image", "single"), ("image_edit", "recolor")])
-def test_no_scene_belongs_to_two_splits(task, kind):
-    """There are 384 scenes of a word in all, so 120 draws a split would be sure to meet."""
-    seen = {split: {content(draw(task, split, i, {kind: 1.0})) for i in range(120)} for split in SPLITS}
+def pictures(sample: DrawnSample) -> list[list[dict]]:
+    return [sample.scene[name] for name in ("objects", "source", "second", "target") if name in sample.scene]
+
+
+@pytest.mark.parametrize(("kind", "number"), [("word", 250), ("single", 150), ("position", 80)])
+def test_no_picture_belongs_to_two_splits(kind, number):
+    """A shape has few places in whole pixels, a word few of two letters: so many draws a split would be sure to meet."""
+    seen: dict[str, set[object]] = {}
+    for split in SPLITS:
+        samples = [draw("text_to_image", split, i, {kind: 1.0}) for i in range(number)]
+        seen[split] = {
+            str([o.get("word", o.get("shape")), o["color"], round(o["x"]), round(o["y"])]) for s in samples for o in pictures(s)[0]
+        }
+        seen[split] |= {s.target.tobytes() for s in samples}
     assert not seen["train"] & seen["validation"]
     assert not seen["train"] & seen["evaluation"]
     assert not seen["validation"] & seen["evaluation"]
 
 
+@pytest.mark.parametrize("task", ["text_to_image", "image_edit"])
+def test_training_never_combines_what_is_held_out_and_evaluation_does(task):
+    def combined(split: str, number: int) -> set[tuple[str, str]]:
+        samples = (draw(task, split, i, {kind: 1.0}) for of, kind in ALL if of == task for i in range(number))
+        return {(o["color"], o["shape"]) for s in samples for objects in pictures(s) for o in objects if "shape" in o}
+
+    assert not combined("train", 60) & set(HELD_OUT)
+    assert combined("evaluation", 15) >= set(HELD_OUT)
+
+
+def test_a_held_out_combination_is_told_wherever_it_stands():
+    purple, plain = {"shape": "triangle", "color": "purple"}, {"shape": "circle", "color": "purple"}
+    assert held_out({"objects": [plain, purple]})
+    assert held_out({"source": [purple], "target": [plain]})
+    assert held_out({"source": [plain], "second": [purple], "target": [plain]})
+    assert not held_out({"objects": [plain, {"word": "CAT", "color": "purple"}]})
+
+
 def test_every_prompt_is_of_the_closed_vocabulary_and_uses_nearly_all_of_it():
     said = set()
-    for task, kinds in (("text_to_image", KINDS), ("image_edit", EDITS)):
-        for kind in kinds:
-            for index in range(120):
-                said.update(draw(task, "train", index, {kind: 1.0}).prompt.split())
+    for task, kind in ALL:
+        for index in range(100):
+            said.update(spoken(draw(task, "train", index, {kind: 1.0}).prompt))
     assert said <= set(VOCABULARY)
-    assert set(VOCABULARY) - said == {"one"}  # only an answer: "how many" objects
+    assert set(VOCABULARY) - said <= {"one"}  # only an answer: "how many" objects
     assert list(VOCABULARY) == sorted(set(VOCABULARY))
+
+
+@pytest.mark.parametrize(("task", "kind"), [("text_to_image", "word"), ("image_edit", "word")])
+def test_words_are_two_to_four_letters_as_the_prompt_writes_them_from_the_left_edge(task, kind):
+    lengths = set()
+    for index in range(60):
+        sample = draw(task, "train", index, {kind: 1.0})
+        word = (sample.scene.get("objects") or sample.scene["target"])[0]
+        assert word["word"] in sample.prompt.split()
+        assert set(word["word"]) <= set(LETTERS)
+        assert word["x"] == 0
+        lengths.add(len(word["word"]))
+        rows, columns = np.nonzero((sample.target == np.array(COLORS[word["color"]])).all(-1))
+        beside = columns[(rows >= word["y"]) & (rows < word["y"] + 16)]
+        assert set(beside // 16) == set(range(len(word["word"])))
+    assert lengths == {2, 3, 4}
 
 
 def test_kinds_come_as_often_as_their_weights_say():
@@ -60,13 +103,64 @@ def test_kinds_come_as_often_as_their_weights_say():
     assert abs(share - 0.75) < 0.07  # three standard errors
 
 
-def test_an_edit_changes_the_picture_and_comes_with_one_reference():
+@pytest.mark.parametrize("kind", [*EDITS, "pick"])
+def test_an_edit_comes_with_its_references_and_changes_the_picture(kind):
+    for index in range(20):
+        sample = draw("image_edit", "train", index, {kind: 1.0})
+        assert len(sample.references) == (2 if kind in ("combine", "pick") else 1)
+        copies = [bool((reference == sample.target).all()) for reference in sample.references]
+        if kind == "pick":
+            assert copies == [word in sample.prompt.split() for word in ("first", "second")]
+        else:
+            assert not any(copies)
+        for image in (*sample.references, sample.target):
+            assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
+
+
+def test_combining_takes_the_shape_of_one_picture_and_the_color_of_the_other():
     for index in range(40):
-        sample = draw("image_edit", "train", index, EDITS)
-        (source,) = sample.references
-        assert source.shape == sample.target.shape == (64, 64, 3)
-        assert source.dtype == sample.target.dtype == np.uint8
-        assert (source != sample.target).any()
+        sample = draw("image_edit", "train", index, {"combine": 1.0})
+        (first,), (second,), (target,) = (sample.scene[name] for name in ("source", "second", "target"))
+        shape, color = (first, second) if sample.prompt.index("first") < sample.prompt.index("second") else (second, first)
+        assert target == shape | {"color": color["color"]}
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("the color of snow", {"color": "white"}),
+        ("the color of a banana", {"color": "yellow"}),
+        ("with three sides", {"shape": "triangle"}),
+        ("like a plus", {"shape": "cross"}),
+        ("as a person has eyes", 2),
+        ("as a triangle has corners", 3),
+        ("as a car has wheels", 4),
+        ("opposite the top left", (56, 56)),
+        ("opposite the bottom left", (56, 8)),
+    ],
+)
+def test_a_clue_means_what_a_reader_takes_it_to_mean(said, meant):
+    samples = (draw("text_to_image", "train", i, {"reasoning": 1.0}) for i in range(200))
+    scenes = [sample.scene["objects"] for sample in samples if said in sample.prompt]
+    assert scenes
+    for objects in scenes:
+        if isinstance(meant, dict):
+            assert all(o[key] == value for o in objects for key, value in meant.items())
+        elif isinstance(meant, int):
+            assert len(objects) == meant
+        else:
+            assert max(abs(objects[0]["x"] - meant[0]), abs(objects[0]["y"] - meant[1])) < 1
+
+
+def test_an_edit_that_must_be_worked_out_is_like_a_plain_one():
+    likes = set()
+    for index in range(80):
+        sample = draw("image_edit", "train", index, {"reasoning": 1.0})
+        likes.add(sample.scene["like"])
+        if "with three sides" in sample.prompt:
+            (changed,) = [o for o in sample.scene["source"] if o["shape"] == "triangle"]
+            assert changed not in sample.scene["target"]
+    assert likes == {"recolor", "remove", "move"}
 
 
 def middle(image: np.ndarray, color: tuple[int, int, int]) -> tuple[float, float]:
@@ -83,14 +177,15 @@ def test_words_of_place_mean_what_a_reader_takes_them_to_mean():
             continue
         (ax, ay), (bx, by) = (middle(sample.target, COLORS[o["color"]]) for o in (first, second))
         told = {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}
-        assert sample.prompt.startswith(f"a {first['color']} {first['shape']} {sample.scene['relation']} a {second['color']}")
-        assert told[sample.scene["relation"]], sample.prompt
+        a, b, relation = *(f"a {o['color']} {o['shape']}" for o in (first, second)), sample.scene["relation"]
+        assert sample.prompt in (f"{a} {relation} {b}", f"{relation} {b} there is {a}")
+        assert told[relation], sample.prompt
     for sample in (draw("text_to_image", "train", i, {"position": 1.0}) for i in range(40)):
         x, y = middle(sample.target, COLORS[sample.scene["objects"][0]["color"]])
-        assert sample.prompt.endswith(f"in the {'top' if y < 20 else 'bottom'} {'left' if x < 20 else 'right'}")
+        assert f"in the {'top' if y < 20 else 'bottom'} {'left' if x < 20 else 'right'}" in sample.prompt
         assert not 20 < x < 44 and not 20 < y < 44
 
 
-def test_captions_are_english():
-    said = {draw("text_to_image", "train", i, {"count": 1.0}).prompt for i in range(300)}
-    assert {"two red crosses", "three green circles", "four blue squares", "two white triangles"} <= said
+def test_captions_are_english_in_more_than_one_phrasing():
+    said = {draw("text_to_image", "train", i, {"count": 1.0}).prompt for i in range(500)}
+    assert {"two red crosses", "there are three green circles", "four blue squares", "there are two white triangles"} <= said
