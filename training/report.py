@@ -301,7 +301,7 @@ def draw_by_foundation(run: StageRun, folder: Path, samples: Sequence[Sample], c
 
 
 def more_samples(run: StageRun, name: str) -> Iterator[Sample]:
-    """FULL samples as the part defines them: a drawn part is drawn further, and begins with what its shards hold; another ends there."""
+    """FULL samples as the part defines them: a drawn part is drawn further, and holds what its shards hold; another ends there."""
     part = run.params.data.parts[name]
     if part.source != "drawn":
         yield from read_part(run.root / "outputs" / "shards" / name)

@@ -35,7 +35,7 @@ def test_reading_the_prompt_from_a_cache_gives_what_the_whole_sequence_gives(mod
 
 def test_padding_in_the_prompt_does_not_reach_the_image(model: DeepGen):
     condition = model.encode_condition(PROMPTS)
-    latents, sigmas = torch.randn(3, 32, 4, 4), torch.tensor([0.2, 0.5, 0.9])
+    latents, sigmas = torch.randn(3, 48, 4, 4), torch.tensor([0.2, 0.5, 0.9])
     together = model.predict_velocity(latents, sigmas, condition)
     for row in range(3):
         length = int(condition.prompt_lengths[row])

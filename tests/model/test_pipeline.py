@@ -66,7 +66,7 @@ def test_parts_that_wait_on_the_cpu_make_the_same_image_and_are_sent_back(pipeli
 def test_the_callback_sees_every_step_and_the_latents(pipeline: DeepGenPipeline):
     seen = []
     pipeline("red circle", num_inference_steps=3, callback_on_step_end=lambda step, latents: seen.append((step, tuple(latents.shape))))
-    assert seen == [(step, (1, 32, 4, 4)) for step in range(3)]
+    assert seen == [(step, (1, 48, 4, 4)) for step in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def test_a_rebased_dit_predicts_the_same_velocities_in_the_new_latents():
     dit, old = load_dit(REPO / "foundation" / "transformer", torch.float32), load_vae(REPO / "foundation" / "vae", torch.float32)
     new = LinearAutoencoder(**{name: old.config[name] for name in ("latent_channels", "downscale")})
     rng = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(32, 32, generator=rng)).Q
-    new.load_state_dict({"basis": turn @ old.basis, "mean": old.mean + 0.1 * old.basis.mean(0), "scale": old.scale.mean().expand(32)})
+    turn = torch.linalg.qr(torch.randn(48, 48, generator=rng)).Q
+    new.load_state_dict({"basis": turn @ old.basis, "mean": old.mean + 0.1 * old.basis.mean(0), "scale": old.scale.mean().expand(48)})
     images = stack_pixels([draw_image_edit("train", 1, i).target for i in range(200)])
     rebased = rebase(dit, old, new, images)
 

@@ -104,7 +104,7 @@ def test_every_kept_sample_is_shown_before_after_each_stage_and_as_it_should_be(
     _, _, page = reported
     for stage in STAGES:
         assert page.count(f'<img alt="{stage}"') == 16, "8 a task"
-    assert page.count('<img alt="before"') == page.count('<img alt="target"') == 8
+    assert page.count('<img alt="before"') >= page.count('<img alt="target"') == 8
 
 
 def test_a_report_made_again_has_the_same_figures_and_pictures(reported: tuple, project: Path):
@@ -216,14 +216,14 @@ def refusing(stage: str, load: Callable) -> Callable:
     return loaded
 
 
-def test_more_samples_begin_with_those_of_the_shards(project: Path, monkeypatch: pytest.MonkeyPatch):
+def test_more_samples_hold_those_of_the_shards(project: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(report, "FULL", 26)
     with begin(project, "report") as run:
         for part in run.params.evaluation.parts:
             task = run.params.data.parts[part].task
             keys = [sample.key for sample in report.more_samples(run, part)]
             scored = [row["key"] for row in read_json(project / "outputs" / "evaluation" / "sft" / "samples.json")[task]]
-            assert len(keys) == 26 and keys[: len(scored)] == scored
+            assert len(keys) == 26 and set(scored) <= set(keys)
 
 
 def test_asked_for_json_it_prints_the_figures_and_nothing_else(project: Path, capsys: pytest.CaptureFixture):

@@ -95,7 +95,7 @@ def test_dropped_references_are_gone_for_their_rows_alone():
     [
         ("connector", {"padding": "reference"}, "model.connector.padding: reference in params.yaml, masked in the weights"),
         ("vlm", {"stacked_layers": (5, 4, 3, 2, 1, 0)}, r"model.vlm.stacked_layers: \(5, 4"),
-        ("dit", {"reference_offset": True}, "model.dit.reference_offset: True in params.yaml, False in the weights"),
+        ("dit", {"reference_offset": False}, "model.dit.reference_offset: False in params.yaml, True in the weights"),
     ],
 )
 def test_weights_of_another_setting_are_refused_by_key(model, tmp_path, part: str, change: dict, key: str):  # noqa: F811
