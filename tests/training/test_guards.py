@@ -164,7 +164,7 @@ def test_before_the_first_checkpoint_there_is_nothing_to_roll_back_to_and_it_goe
 def test_a_spike_is_counted_and_trains_as_any_other_unless_it_is_told_to(train, edit_params, project: Path, skip: bool):
     edit_params(project, lambda params: params["alignment"].update(steps=5))
     plain = train()
-    spiked = train("spike", steps(4), spike_window=4, skip_spikes=skip)
+    spiked = train("spike", steps(4), spike_window=4, skip_spikes=skip, spike=100.0)
     (row,) = log_of(project)
     assert row["decision"] == ("skip" if skip else "spike") and row["step"] == 5
     assert spiked.guard == {"streak": 0, "skipped": int(skip), "rollbacks": 0, "spikes": 1}
