@@ -21,6 +21,7 @@ MIN_OVERLAP, MIN_PURITY, MAX_COLOR_DISTANCE = 0.72, 0.7, 90.0
 COVERED = 0.5  # share of the way from the background to its colour from which a pixel belongs to a letter
 MIN_LETTER, LETTER_MARGIN, LETTER_SHIFT = 0.7, 0.08, 1  # overlap with a glyph, its lead over the next glyph, pixels that it may lie off
 STAYED, MOVED_TO, IN_POSITION = 4.0, 8.0, 9.0  # pixels that a centre may lie off
+RELATED_BY = 4.0  # pixels by which a relation must hold
 ANYWHERE = float("inf")
 EDITED_WITHIN = {
     "recolor": STAYED,
@@ -102,7 +103,7 @@ def _scene_parts(found: Sequence[Found], scene: Mapping[str, Any]) -> dict[str, 
     if "relation" in scene:
         first, second = ([f for f in found if (f.what, f.color) == want] for want in wanted)
         alone = len(first) == 1 and len(second) == 1
-        parts["relation"] = float(alone and relation_holds(vars(first[0]), vars(second[0]), scene["relation"], 4))
+        parts["relation"] = float(alone and relation_holds(vars(first[0]), vars(second[0]), scene["relation"], RELATED_BY))
     if "position" in scene:
         matches = [f for f in found if (f.what, f.color) == wanted[0]]
         parts["position"] = float(len(matches) == 1 and _near(matches[0], *POSITIONS[scene["position"]], IN_POSITION))

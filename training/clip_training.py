@@ -19,6 +19,7 @@ from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from data.config import KINDS
 from data.drawn import COLORS, LETTERS, POSITIONS, SHAPES, SIDE, draw_text_to_image, relation_holds, render
+from data.verifier import IN_POSITION, RELATED_BY
 from model.clip import build_clip, embed_pictures, embed_prompts
 from runtime.keys import seed_from
 from training.batching import stack_pixels
@@ -29,8 +30,6 @@ from training.vlm_training import learning_rate
 
 RETRIEVED_FROM, TEST_GROUPS = 64, 3
 MAX_LOGIT_SCALE = 4.6  # a temperature of 0.01, as in CLIP
-MOVED = 9.0  # pixels that a centre may lie off its named place, as the verifier has it
-MARGIN = 4.0  # pixels by which a relation must hold, likewise
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,10 @@ def holds(scene: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]) -> boo
     if sorted(asked) != sorted(_name(o) for o in objects):
         return False
     if "relation" in scene:
-        return relation_holds(seen[asked[0]], seen[asked[1]], scene["relation"], MARGIN)
+        return relation_holds(seen[asked[0]], seen[asked[1]], scene["relation"], RELATED_BY)
     if "position" in scene:
         x, y = POSITIONS[scene["position"]]
-        return max(abs(seen[asked[0]]["x"] - x), abs(seen[asked[0]]["y"] - y)) < MOVED
+        return max(abs(seen[asked[0]]["x"] - x), abs(seen[asked[0]]["y"] - y)) < IN_POSITION
     return True
 
 

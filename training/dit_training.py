@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from data.drawn import DrawnSample, draw_image_edit, draw_text_to_image
 from model.deepgen import DeepGen
 from model.flow import interpolate, sigmas_at, velocity_target
+from model.generate import latent_shape
 from model.sampler import initial_noise, sample_euler
 from model.vae import decode_latents, encode_images, to_uint8
 from runtime.keys import seed_from
@@ -220,8 +221,7 @@ def draw_images(
     groups: dict[int, list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
         groups[len(sample.references)].append(i)
-    downscale = model.vae.config.downscale
-    shape = (model.vae.config.latent_channels, *(side // downscale for side in images.shape[1:3]))
+    shape = latent_shape(model, images.shape[1:3])
     for rows in (batch for group in groups.values() for batch in batched(group, batch_size)):
         condition = encoder(*word_ids(model.tokenizer, [samples[i].prompt for i in rows]))
         references = tuple(encode_images(model.vae, pixels) for pixels in reference_pixels([samples[i] for i in rows]))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors.torch import save_file
 from scipy.stats import binomtest
 
 from data.verifier import Verdict
@@ -20,11 +21,12 @@ from model.weights import load_model, save_model
 from runtime.exits import Interrupted, StopRequest
 from runtime.files import read_json, sha256_bytes, sha256_path, write_json
 from runtime.mlflow_store import open_store
-from runtime.params import STAGES
+from runtime.params import STAGES, load_params
 from training import report, scoring
 from training.evaluate import run_evaluation
 from training.report import OtherSamples, compare, groups, paired, run_report
 from training.scoring import share
+from training.text_encoder import TEXT_ENCODER, PlainTextEncoder
 
 from .conftest import begin
 
@@ -200,6 +202,23 @@ def test_more_samples_interrupted_and_gone_on_give_what_an_uninterrupted_count_g
     assert gone_on == whole and "n 26" in page
     assert "report: 156/156 images" in capsys.readouterr().out
     assert gone_on["accuracy"]["sft"]["image_edit"]["all"]["n"] == 26
+
+
+@pytest.mark.slow
+def test_a_full_count_has_a_column_for_a_foundation_that_ships_its_text_encoder(
+    project: Path, edit_params: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(report, "FULL", 24)
+    shutil.copytree(project / "outputs" / "foundation" / "model", project / "own")
+    shapes = load_params(project / "params.yaml").model
+    encoder = PlainTextEncoder(shapes.vlm.vocab_size, shapes.dit.joint_attention_dim, shapes.dit.pooled_projection_dim)
+    save_file(encoder.state_dict(), project / "own" / TEXT_ENCODER)
+    edit_params(project, lambda params: params["foundation"].update(source="folder", path="own"))
+    figures, page = write_report(project, full=True)
+    assert list(figures["accuracy"]) == ["alignment", "foundation", "mr_grpo", "sft"]
+    assert figures["accuracy"]["foundation"]["image_edit"]["all"]["n"] == 24
+    assert "<th>n</th><th>foundation</th><th>alignment</th>" in page
+    assert re.search(r"n  foundation +alignment", capsys.readouterr().out)
 
 
 def batches(root: Path) -> int:
