@@ -173,14 +173,20 @@ def make_batch(index: int, bucket: str, samples: Sequence[Encoded], positions: t
     )
 
 
-def read_part(folder: Path, stop: int | None = None) -> Iterator[Sample]:
-    """Samples of a published part in order, the first `stop` of them."""
+def read_part(folder: Path, count: int | None = None) -> Iterator[Sample]:
+    """Samples of a published part in order; with `count`, so many, spread evenly: parts lie sorted by size and number of references."""
     part = Part(folder)
     try:
-        for row in range(len(part) if stop is None else min(stop, len(part))):
+        for row in spread(len(part), count):
             yield part[row]
     finally:
         part.close()
+
+
+def spread(total: int, count: int | None) -> list[int]:
+    """`count` of `total` rows, evenly; all where there are no more."""
+    count = total if count is None else min(count, total)
+    return [i * total // count for i in range(count)]
 
 
 def open_latents(folder: Path, parts: Mapping[str, Part]) -> dict[str, Part]:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -17,6 +17,7 @@ from training.config import EvaluationConfig, LatentsConfig, LaunchConfig, MRGRP
 
 STAGES = ("alignment", "sft", "mr_grpo")
 MAX_BYTES = 1_000_000
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 class ParamsError(Exception):
@@ -136,15 +137,20 @@ def parse_params(text: str, name: str = "params.yaml") -> dict[str, Any]:
 
 
 def check_params(value: dict[str, Any], name: str = "params.yaml") -> Params:
-    """Typed params.
+    """Typed params. Raises as `check_settings`."""
+    return check_settings(Params, value, name)
+
+
+def check_settings(kind: type[SettingsT], value: dict[str, Any], name: str) -> SettingsT:
+    """The values of the file `name`, typed.
 
     Raises:
         ParamsError: one line a problem: key, value given, what is allowed.
     """
     try:
-        return Params.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, kind) for problem in error.errors()]
         raise ParamsError(f"{name} can't be used:\n" + "\n".join(f"  {line}" for line in lines) + "\nNothing was started.") from error
 
 
@@ -153,12 +159,12 @@ def load_params(path: Path) -> Params:
     return check_params(parse_params(Path(path).read_text(), Path(path).name), Path(path).name)
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, settings: type[Settings]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     kind = problem["type"]
     if kind == "extra_forbidden":
-        known = _names_at(problem["loc"][:-1])
+        known = _names_at(problem["loc"][:-1], settings)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{key}: unknown key; {hint}allowed here: {', '.join(known)}"
@@ -169,9 +175,9 @@ def _explain(problem: Any) -> str:
     return f"{key}: {problem['input']!r} given; {message[0].lower()}{message[1:]}"
 
 
-def _names_at(location: tuple[int | str, ...]) -> list[str]:
+def _names_at(location: tuple[int | str, ...], settings: type[Settings]) -> list[str]:
     """Field names of the settings model that a location in the file leads to."""
-    kind: Any = Params
+    kind: Any = settings
     for part in location:
         if isinstance(kind, type) and issubclass(kind, Settings) and part in kind.model_fields:
             kind = kind.model_fields[str(part)].annotation

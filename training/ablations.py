@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from scipy.stats import binomtest
 
 from runtime.exits import DONE, INTERRUPTED, Interrupted, Plain, StopRequest
 from runtime.files import read_json, sha256_file, sha256_json, sha256_path, write_json
 from runtime.mlflow_store import open_store
-from runtime.params import ParamsError, check_params, parse_params
+from runtime.params import ParamsError, check_params, check_settings, parse_params
 from runtime.progress import Progress
 from runtime.recipe import load_stages
 from runtime.run_folder import claimed
@@ -88,11 +87,8 @@ def load_experiment(root: Path, name: str) -> ExperimentConfig:
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.yaml"))
         raise ParamsError(f"{name}: no such experiment in ablations/; allowed: {', '.join(known) or 'none yet'}")
-    try:
-        return ExperimentConfig.model_validate(parse_params(path.read_text(), f"ablations/{path.name}"))
-    except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        raise ParamsError(f"ablations/{path.name} can't be used:\n" + "\n".join(lines) + "\nNothing was started.") from error
+    named = f"ablations/{path.name}"
+    return check_settings(ExperimentConfig, parse_params(path.read_text(), named), named)
 
 
 def plan_items(root: Path, name: str, samples: int | None = None) -> list[Item]:

@@ -247,6 +247,7 @@ class DiTTrainingConfig(Settings):
         min_length=1, description="share of each kind of edit; pick asks for one of two pictures as it is"
     )
     edit_share: float = Field(0.5, ge=0.0, le=1.0, description="of the samples")
+    repainted: float = Field(0.0, ge=0.0, le=1.0, description="share of the edits whose pictures have colours without a name")
     save_every: PositiveInt = 500
     score_every: PositiveInt = 1000
     score_samples: PositiveInt = Field(256, description="of each task, for the scores on the way")

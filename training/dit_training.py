@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from data.drawn import DrawnSample, draw_image_edit, draw_text_to_image
+from data.drawn import DrawnSample, draw_image_edit, draw_text_to_image, repainted
 from model.deepgen import DeepGen
 from model.flow import interpolate, sigmas_at, velocity_target
 from model.generate import latent_shape
@@ -133,8 +133,11 @@ def backward(
 def sample_at(position: int, settings: DiTTrainingConfig, seed: int) -> DrawnSample:
     """The sample at a position of the stream; edits stand evenly among captions."""
     edit = math.floor((position + 1) * settings.edit_share) > math.floor(position * settings.edit_share)
-    draw, kinds = (draw_image_edit, settings.edits) if edit else (draw_text_to_image, settings.kinds)
-    return draw("train", seed_from("dit", seed), position, kinds)
+    if not edit:
+        return draw_text_to_image("train", seed_from("dit", seed), position, settings.kinds)
+    sample = draw_image_edit("train", seed_from("dit", seed), position, settings.edits)
+    (repaint,) = coin_flips(settings.repainted, "repaint", seed, STAGE, [position])
+    return repainted(sample, seed_from("dit", seed), position) if repaint else sample
 
 
 def sample_losses(

@@ -35,7 +35,7 @@ from runtime.files import (
     write_json,
 )
 from runtime.keys import seed_from
-from runtime.params import load_params, parse_params
+from runtime.params import check_settings, load_params, parse_params
 from runtime.run_folder import checkpoints, claimed, step_of, writer_of
 from runtime.stage import InputsChanged, Locked, find_root, rank
 from training.batching import stack_pixels
@@ -51,7 +51,7 @@ from training.warm_start import warm_start
 
 PARTS = ("vlm", "clip", "dit")
 # what may change while a part trains
-FREE = {"steps", "decay", "decay_share", "kinds", "edits", "edit_share", "save_every", "score_every", "score_samples"}
+FREE = {"steps", "decay", "decay_share", "kinds", "edits", "edit_share", "repainted", "save_every", "score_every", "score_samples"}
 PARAMS, OUT = "foundation/params.yaml", "outputs/foundation_training"
 SHIPPED = ("vlm", "transformer", "vae", "tokenizer", "text_encoder.safetensors", "clip")
 MAX_BYTES = 15_000_000  # of all that ships: it lies in git
@@ -68,9 +68,10 @@ def run_train_foundation(stop: StopRequest, only: str | None = None, params: str
         Interrupted: saved; the same command goes on.
         Locked: another process trains the part.
         InputsChanged: a part was begun with other settings.
+        ParamsError: a key or value of `params` is wrong.
     """
     root = find_root()
-    config = FoundationTraining.model_validate(parse_params((root / params).read_text()))
+    config = check_settings(FoundationTraining, parse_params((root / params).read_text(), params), params)
     shapes = load_params(root / config.preset).model
     torch.set_num_threads(config.threads)
     if "RANK" in os.environ:

@@ -34,6 +34,7 @@ from training.tracking import attach
 FULL = 1000  # samples a part with --full
 Row = dict[str, Any]  # training.scoring.facts
 Scores = dict[str, dict[str, list[Row]]]  # stage -> task -> rows
+Scorer = Callable[[Sequence[Sample], Callable[[int], None]], list[Scored]]
 
 
 class OtherSamples(Plain):
@@ -276,20 +277,20 @@ def score_more(run: StageRun, folder: Path) -> Scores:
         for name in models:
             if name in scores:
                 continue
-            draw = draw_by_foundation if name == FOUNDATION else draw_by_model
-            rows = [draw(run, models[name], samples, count) for samples in parts]
+            scorer = foundation_scorer(run, models[name]) if name == FOUNDATION else model_scorer(run, models[name])
+            rows = [scorer(samples, count) for samples in parts]
             scores[name] = {samples[0].task: [facts(row) for row in scored] for samples, scored in zip(parts, rows, strict=True)}
             write_json(folder / f"{name}.json", {"digest": digests[name], "samples": scores[name]})
     return scores
 
 
-def draw_by_model(run: StageRun, folder: Path, samples: Sequence[Sample], count: Callable[[int], None]) -> list[Scored]:
-    config = run.params.evaluation
-    return score(load_model(folder), samples, config.sampling_steps, config.guidance, config.batch_size, config.seed, count)
+def model_scorer(run: StageRun, folder: Path) -> Scorer:
+    config, model = run.params.evaluation, load_model(folder)
+    return lambda samples, count: score(model, samples, config.sampling_steps, config.guidance, config.batch_size, config.seed, count)
 
 
-def draw_by_foundation(run: StageRun, folder: Path, samples: Sequence[Sample], count: Callable[[int], None]) -> list[Scored]:
-    """By the foundation's DiT from its own plain text encoder, as it was trained: what the stages come from, and aim for."""
+def foundation_scorer(run: StageRun, folder: Path) -> Scorer:
+    """Of the foundation's DiT from its own plain text encoder, as it was trained: what the stages come from, and aim for."""
     config, shapes = run.params.evaluation, run.params.model
     model = load_foundation(folder, shapes).eval()
     encoder = load_text_encoder(folder, shapes)
@@ -297,7 +298,7 @@ def draw_by_foundation(run: StageRun, folder: Path, samples: Sequence[Sample], c
     def draw(batch: Sequence[Sample]) -> np.ndarray:
         return draw_images(model, encoder, batch, image_seeds(batch, config.seed), config.sampling_steps)
 
-    return score_with(draw, samples, config.batch_size, count)
+    return lambda samples, count: score_with(draw, samples, config.batch_size, count)
 
 
 def more_samples(run: StageRun, name: str) -> Iterator[Sample]:

@@ -155,7 +155,7 @@ def aside(model: DeepGen, ema: EMA | None = None) -> Iterator[None]:
 
 
 def held_out(run: StageRun) -> Iterator[HeldOut]:
-    """The first samples of each evaluation part, in batches that can be stacked."""
+    """Samples spread over each evaluation part, in batches that can be stacked."""
     for part in run.params.evaluation.parts:
         seen = 0
         for samples in one_size_batches(read_part(run.root / "outputs" / "shards" / part, HELD_OUT), BATCH):

@@ -60,7 +60,7 @@ def carry_words(encoder: PlainTextEncoder, weights: dict[str, Tensor], old: PreT
     own["words.weight"][[new_rows[word] for word in words]] = weights["words.weight"][[old_rows[word] for word in words]]
     rows = min(len(own["positions"]), len(weights["positions"]))
     own["positions"][:rows] = weights["positions"][:rows]
-    encoder.load_state_dict({**weights, "words.weight": own["words.weight"], "positions": own["positions"]})
+    encoder.load_state_dict({**own, **weights, "words.weight": own["words.weight"], "positions": own["positions"]})
 
 
 def warm_start(

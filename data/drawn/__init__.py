@@ -6,13 +6,14 @@ its pictures, so that splits cannot overlap; captions, of which there are few ("
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from data.config import EDITS, KINDS
 from data.drawn.pixels import coverage, letter_mask, render, word_coverage
+from data.drawn.repaint import repaint_scene
 from data.drawn.scenes import Drawn, draw_edit, draw_scene, relation_holds
 from data.drawn.world import (
     BACKGROUND,
@@ -47,6 +48,7 @@ __all__ = [
     "letter_mask",
     "relation_holds",
     "render",
+    "repainted",
     "word_coverage",
 ]
 
@@ -80,13 +82,23 @@ def draw_text_to_image(split: str, seed: int, index: int, kinds: Mapping[str, fl
 def draw_image_edit(split: str, seed: int, index: int, kinds: Mapping[str, float] = EDITS) -> DrawnSample:
     """Instruction, one or two sources, and target number `index` of a stream."""
     instruction, scene = _draw(draw_edit, split, seed, index, "image_edit", kinds)
-    references = tuple(render(scene[name]) for name in ("source", "second") if name in scene)
-    return DrawnSample("image_edit", instruction, render(scene["target"]), references, scene["kind"], scene)
+    return DrawnSample("image_edit", instruction, render(scene["target"]), _references(scene), scene["kind"], scene)
+
+
+def repainted(sample: DrawnSample, seed: int, index: int) -> DrawnSample:
+    """A training edit in colours that have no name, but for the one that its instruction asks for; number `index` of a stream."""
+    rng = np.random.Generator(np.random.Philox(key=seed_from("repainted", seed, index)))
+    scene = repaint_scene(rng, sample.scene)
+    return replace(sample, target=render(scene["target"]), references=_references(scene), scene=scene)
 
 
 def held_out(scene: Mapping[str, Any]) -> bool:
     """Whether a scene holds a colour on a shape that no training scene combines."""
     return any((o["color"], o.get("shape")) in HELD_OUT for objects in _pictures(scene) for o in objects)
+
+
+def _references(scene: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+    return tuple(render(scene[name]) for name in ("source", "second") if name in scene)
 
 
 def _draw(

@@ -43,9 +43,10 @@ def word_coverage(word: str, x: float, y: float) -> np.ndarray:
 
 
 def render(objects: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """uint8 (SIDE, SIDE, 3) image of a scene's objects, in order."""
+    """uint8 (SIDE, SIDE, 3) image of a scene's objects, in order; a color is a name or an (R, G, B)."""
     image = np.broadcast_to(np.array(BACKGROUND, np.float32), (SIDE, SIDE, 3)).copy()
     for o in objects:
         mask = word_coverage(o["word"], o["x"], o["y"]) if "word" in o else coverage(o["shape"], o["x"], o["y"], o["radius"])
-        image += mask[..., None] * (np.array(COLORS[o["color"]], np.float32) - image)
+        color = COLORS[o["color"]] if isinstance(o["color"], str) else o["color"]
+        image += mask[..., None] * (np.array(color, np.float32) - image)
     return image.round().astype(np.uint8)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data.config import EDITS, KINDS
-from data.drawn import COLORS, HELD_OUT, LETTERS, VOCABULARY, DrawnSample, draw_image_edit, draw_text_to_image, held_out
+from data.drawn import COLORS, HELD_OUT, LETTERS, VOCABULARY, DrawnSample, draw_image_edit, draw_text_to_image, held_out, repainted
 
 SPLITS = ("train", "validation", "evaluation")
 ALL = [("text_to_image", kind) for kind in KINDS] + [("image_edit", kind) for kind in (*EDITS, "pick")]
@@ -161,6 +161,42 @@ def test_an_edit_that_must_be_worked_out_is_like_a_plain_one():
             (changed,) = [o for o in sample.scene["source"] if o["shape"] == "triangle"]
             assert changed not in sample.scene["target"]
     assert likes == {"recolor", "remove", "move"}
+
+
+def shapes_and_colors(pictures_of: list[list[dict]]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(o.get("shape", ""), tuple(o["color"])) for objects in pictures_of for o in objects if not isinstance(o["color"], str)]
+
+
+def test_repainted_edits_ask_for_the_same_in_colors_that_no_prompt_names():
+    named = 0
+    for i in range(150):
+        plain = draw_image_edit("train", 3, i, EDITS | {"pick": 0.1})
+        other = repainted(plain, 3, i)
+        assert (other.prompt, other.kind) == (plain.prompt, plain.kind)
+        for objects, before in zip(pictures(other), pictures(plain), strict=True):
+            paints = {b["color"]: o["color"] for o, b in zip(objects, before, strict=True)}
+            assert [o | {"color": None} for o in objects] == [o | {"color": None} for o in before], "only colours change"
+            assert [paints[b["color"]] for b in before] == [o["color"] for o in objects], "what was of one colour still is"
+        kept = {o["color"] for objects in pictures(other) for o in objects if isinstance(o["color"], str)}
+        asked = plain.scene["target"][plain.scene["edited"]]["color"] if plain.scene["like"] in ("recolor", "add", "replace") else None
+        assert kept == ({asked} if asked else set())
+        named += bool(asked)
+        if plain.kind == "combine":
+            assert other.scene["target"][0]["color"] in [o["color"] for o in (*other.scene["source"], *other.scene["second"])]
+        np.testing.assert_array_equal(repainted(plain, 3, i).target, other.target)
+    assert named > 30
+
+
+def test_no_repainted_shape_comes_near_a_color_that_is_held_out_for_it():
+    held = {shape: np.array(COLORS[color]) for color, shape in HELD_OUT}
+    seen = [pair for i in range(400) for pair in shapes_and_colors(pictures(repainted(draw_image_edit("train", 4, i), 4, i)))]
+    assert {shape for shape, _ in seen} >= set(held)
+    for shape, color in seen:
+        nearest = min(COLORS, key=lambda name: np.linalg.norm(np.subtract(color, COLORS[name])))
+        assert (nearest, shape) not in HELD_OUT
+        assert shape not in held or np.linalg.norm(color - held[shape]) >= 100
+    with_circles = [color for shape, color in seen if shape == "circle"]
+    assert any(np.linalg.norm(np.subtract(color, COLORS["purple"])) < 60 for color in with_circles), "shapes of no such rule get any"
 
 
 def middle(image: np.ndarray, color: tuple[int, int, int]) -> tuple[float, float]:

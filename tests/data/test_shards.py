@@ -80,6 +80,13 @@ def test_shards_of_other_settings_are_not_taken_over(whole, tmp_path):
     assert next(read_part(build)).key == read_record("edits", other, 0).key
 
 
+def test_a_few_samples_of_a_part_are_spread_over_it(shards: Path):
+    keys = [sample.key for sample in read_part(shards / "edits")]
+    count = len(keys)
+    assert [sample.key for sample in read_part(shards / "edits", 3)] == [keys[0], keys[count // 3], keys[2 * count // 3]]
+    assert [sample.key for sample in read_part(shards / "edits", count + 5)] == keys
+
+
 def test_webdataset_reads_a_shard_as_it_comes(shards):
     os.environ["WDS_SECURE"] = "1"
     import webdataset

@@ -16,7 +16,7 @@ from data.drawn import draw_image_edit
 from model.vae import LinearAutoencoder, encode_images
 from model.weights import load_dit, load_vae
 from runtime.exits import DONE, INTERRUPTED, Interrupted
-from runtime.params import load_params
+from runtime.params import ParamsError, check_settings, load_params
 from runtime.run_folder import checkpoints, claimed
 from runtime.stage import InputsChanged, Locked
 from training import foundation_training
@@ -185,10 +185,27 @@ def test_words_that_both_vocabularies_have_keep_their_meaning_and_new_ones_are_f
 
 def test_a_prompt_that_is_too_long_is_named(started: Path):
     model, _ = load_start(FoundationTraining.model_validate(small()), SHAPES, started)
-    ids, lengths = word_ids(model.tokenizer, ["a red circle", ""])
+    ids, _, lengths = word_ids(model.tokenizer, ["a red circle", ""])
     assert lengths.tolist() == [4, 1] and ids.shape == (2, 4)
     with pytest.raises(ValueError, match=f"prompt of {MAX_WORDS} words, at most {MAX_WORDS - 1} fit: 'a a"):
         word_ids(model.tokenizer, [" ".join(["a"] * MAX_WORDS)])
+
+
+def test_a_letter_knows_its_place_in_its_word_wherever_the_word_stands(started: Path):
+    model, encoder = load_start(FoundationTraining.model_validate(small()), SHAPES, started)
+    ids, places, lengths = word_ids(model.tokenizer, ["the word TAXI in red", "write OX there", "AAT written in white"])
+    assert places.tolist() == [[0, 0, 0, 1, 2, 3, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0, 0]]
+    assert lengths.tolist() == [9, 5, 7]
+    with torch.no_grad():
+        encoder.places.normal_()
+        moved = encoder(ids, places.roll(1, 1), lengths).prompt_embeds - encoder(ids, places, lengths).prompt_embeds
+    assert moved[0].abs().max() > 0.1, "it reads them"
+
+
+def test_a_wrong_key_of_the_foundations_params_is_named():
+    wrong = small(stepz=3)
+    with pytest.raises(ParamsError, match=r"params\.yaml can't be used:\n  dit\.stepz: unknown key; did you mean 'steps'\?"):
+        check_settings(FoundationTraining, wrong, "foundation/params.yaml")
 
 
 def test_muon_is_torchs_to_the_rounding_of_its_bfloat16():
