@@ -218,4 +218,4 @@ def test_the_claims_of_the_repository_are_settings_that_params_allow():
     preset = yaml.safe_load((REPO / "presets" / f"{experiment.preset}.yaml").read_text())
     for overrides in experiment.configurations().values():
         params = check_params(item_values(preset, experiment, overrides, seed=2, samples=None))
-        assert (params.alignment.steps, params.sft.steps) == (100, 75)
+        assert (params.alignment.steps, params.sft.steps) == (preset["alignment"]["steps"] / 4, preset["sft"]["steps"] / 4)
