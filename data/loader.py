@@ -177,13 +177,13 @@ def read_part(folder: Path, count: int | None = None) -> Iterator[Sample]:
     """Samples of a published part in order; with `count`, so many, spread evenly: parts lie sorted by size and number of references."""
     part = Part(folder)
     try:
-        for row in spread(len(part), count):
+        for row in spread_rows(len(part), count):
             yield part[row]
     finally:
         part.close()
 
 
-def spread(total: int, count: int | None) -> list[int]:
+def spread_rows(total: int, count: int | None) -> list[int]:
     """`count` of `total` rows, evenly; all where there are no more."""
     count = total if count is None else min(count, total)
     return [i * total // count for i in range(count)]

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
-
 from runtime.exits import DONE, INTERRUPTED, Interrupted, Plain, StopRequest
 from runtime.files import read_json, sha256_file, sha256_json, sha256_path, write_json
 from runtime.mlflow_store import open_store
@@ -307,10 +305,6 @@ def result_of(item: Item, seconds: dict[str, float]) -> dict[str, Any]:
         metrics = read_json(item.project / "outputs" / stage / "metrics.json")
         evaluation = item.project / "outputs" / "evaluation" / stage
         scores = read_json(evaluation / "metrics.json")
-        for task in scores.values():
-            for kind in task["kinds"].values():
-                interval = binomtest(round(kind["n"] * kind["strict"]), kind["n"]).proportion_ci(method="wilson")
-                kind["interval_95"] = [round(interval.low, 4), round(interval.high, 4)]
         stages[stage] = metrics | {"model_digest": read_json(evaluation / "gates.json")["model_digest"], "evaluation": scores}
     return {
         "experiment": item.experiment,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.loader import read_part, spread
+from data.loader import read_part, spread_rows
 from model.weights import load_model
 from runtime.files import read_json, sha256_json, tensors_digest, write_json
 from runtime.progress import Progress
@@ -39,7 +39,7 @@ def run_evaluation(run: StageRun, stage: str) -> None:
                 scored = score(model, samples, config.sampling_steps, config.guidance, config.batch_size, config.seed, progress.update)
                 metrics[samples[0].task] = summarize(scored)
                 samples_by_task[samples[0].task] = [facts(row) for row in scored]
-                shown = [scored[i] for i in spread(len(scored), SHOWN)]
+                shown = [scored[i] for i in spread_rows(len(scored), SHOWN)]
                 save_images(shown, folder / "images")
                 save_scored_grid(shown, folder / f"{samples[0].task}.png")
                 pictures[samples[0].task] = run.out / f"{samples[0].task}.png"

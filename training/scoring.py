@@ -97,7 +97,7 @@ def summarize(scored: Sequence[Scored]) -> dict[str, Any]:
         for name, value in row.parts.items():
             parts[name].append(value)
     return share([row.strict for row in scored]) | {
-        "kinds": {kind: {"n": len(rows), "strict": round(sum(rows) / len(rows), 4)} for kind, rows in sorted(kinds.items())},
+        "kinds": {kind: share(rows) for kind, rows in sorted(kinds.items())},
         "parts": {name: round(sum(values) / len(values), 4) for name, values in sorted(parts.items())},
     }
 
@@ -114,4 +114,5 @@ def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, flo
     share = right / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    # rounding would leave the ends of none and of all a trifle outside
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))

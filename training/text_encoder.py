@@ -56,8 +56,10 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tupl
         if len(row) >= MAX_WORDS:
             raise ValueError(f"prompt of {len(row)} words, at most {MAX_WORDS - 1} fit: {prompt!r}. Shorten it or raise MAX_WORDS.")
         ids[i, : len(row) + 1] = torch.tensor([*row, end])
+        place = [0] * len(row)
         for j in range(1, len(row)):
-            places[i, j] = places[i, j - 1] + 1 if spans[j][0] == spans[j - 1][1] else 0
+            place[j] = place[j - 1] + 1 if spans[j][0] == spans[j - 1][1] else 0
+        places[i, : len(row)] = torch.tensor(place)
     return ids, places, lengths
 
 

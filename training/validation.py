@@ -39,7 +39,7 @@ LOSS, STOPPED = "held_out/loss", "stopped_early"  # names in the history
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples of one size, with their places in their part, by which their noise is named."""
+    """Samples of one size, numbered over their part's held-out samples; by that number their noise is named."""
 
     samples: Sequence[Sample]
     positions: list[int]

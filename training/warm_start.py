@@ -53,14 +53,15 @@ def linear_map(x_NC: Tensor, y_NE: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def carry_words(encoder: PlainTextEncoder, weights: dict[str, Tensor], old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
-    """Load a trained text encoder's `weights`: rows of words that both vocabularies have, and of positions that both have. Others stay."""
+    """Load a trained text encoder's `weights`: rows of words, positions and places that both encoders have. Others stay."""
     own = encoder.state_dict()
     old_rows, new_rows = old.get_vocab(), new.get_vocab()
     words = [word for word in new_rows if word in old_rows]
     own["words.weight"][[new_rows[word] for word in words]] = weights["words.weight"][[old_rows[word] for word in words]]
-    rows = min(len(own["positions"]), len(weights["positions"]))
-    own["positions"][:rows] = weights["positions"][:rows]
-    encoder.load_state_dict({**own, **weights, "words.weight": own["words.weight"], "positions": own["positions"]})
+    for name in ("positions", "places"):
+        rows = min(len(own[name]), len(weights[name]))
+        own[name][:rows] = weights[name][:rows]
+    encoder.load_state_dict(weights | {name: own[name] for name in ("words.weight", "positions", "places")})
 
 
 def warm_start(

@@ -31,12 +31,12 @@ def repaint_scene(rng: np.random.Generator, scene: dict[str, Any]) -> dict[str, 
 def _any_color(rng: np.random.Generator, shapes: Sequence[str]) -> tuple[int, int, int]:
     for _ in range(ATTEMPTS):
         color = rng.integers(256, size=3)
-        if _distance(color, BACKGROUND) >= FROM_BACKGROUND and not any(near_held_out(color, shape) for shape in shapes):
+        if _distance(color, BACKGROUND) >= FROM_BACKGROUND and not any(_near_held_out(color, shape) for shape in shapes):
             return tuple(color.tolist())
     raise AssertionError(f"no colour for {shapes} in {ATTEMPTS} attempts")
 
 
-def near_held_out(color: Sequence[int] | np.ndarray, shape: str) -> bool:
+def _near_held_out(color: Sequence[int] | np.ndarray, shape: str) -> bool:
     """Whether this colour is nearest, or near, to one that is held out for the shape."""
     distances = {name: _distance(color, value) for name, value in COLORS.items()}
     nearest = min(distances, key=distances.__getitem__)

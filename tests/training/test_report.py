@@ -125,6 +125,10 @@ def test_it_says_which_runs_are_behind_it_and_they_keep_the_page(reported: tuple
 def test_a_share_comes_with_wilsons_interval():
     interval = binomtest(8, 10).proportion_ci(method="wilson")
     assert share([True] * 8 + [False] * 2) == {"n": 10, "strict": 0.8, "interval_95": [round(interval.low, 4), round(interval.high, 4)]}
+    assert [str(end) for n in (3, 17, 29) for end in (share([False] * n)["interval_95"][0], share([True] * n)["interval_95"][1])] == [
+        "0.0",
+        "1.0",
+    ] * 3
 
 
 def test_a_paired_difference_counts_only_what_changed_sides():
