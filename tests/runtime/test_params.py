@@ -33,7 +33,7 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
             r"alignment\.ema_decai: unknown key; did you mean 'ema_decay'\? allowed here: async_checkpoints, batch_size",
         ),
         ("preset: tiny", "presett: tiny", r"presett: unknown key; did you mean 'preset'"),
-        ("steps: 700", "steps: -4", r"alignment\.steps: -4 given; input should be greater than 0"),
+        ("steps: 430", "steps: -4", r"alignment\.steps: -4 given; input should be greater than 0"),
         ("lr: 2.0e-3", "lr: fast", r"alignment\.optimizer\.lr: 'fast' given; input should be a valid number"),
         ("image_edit: 1, text_to_image: 1", "image_edit: 0, text_to_image: 0", r"mixture\.alignment\.ratio: .* sums to 0"),
         (
@@ -77,7 +77,7 @@ def test_accumulation_makes_up_the_batch_for_any_ranks_and_micro_batch_or_is_ref
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path):
-    path = changed(tmp_path, "steps: 700", "steps: -4")
+    path = changed(tmp_path, "steps: 430", "steps: -4")
     path.write_text(path.read_text().replace("threads: 2", "threads: 0"))
     with pytest.raises(ParamsError, match=r"(?s)alignment\.steps.*launch\.threads"):
         load_params(path)
