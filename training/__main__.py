@@ -8,6 +8,7 @@ python -m training ablate [EXPERIMENT] [--samples N] [--again] [--table]
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from runtime.environment import set_environment
@@ -15,8 +16,44 @@ from runtime.exits import stopping
 from runtime.params import ParamsError, load_params, parse_params
 from runtime.stage import find_root, guard, open_stage
 
+STAGES = {  # verb: its module, imported only then, its function, and which arguments that takes after the run
+    "foundation": ("training.foundation", "run_foundation", []),
+    "latents": ("training.latents", "run_latents", []),
+    "alignment": ("training.supervised", "run_supervised", ["verb"]),
+    "sft": ("training.supervised", "run_supervised", ["verb"]),
+    "mr_grpo": ("training.mr_grpo", "run_mr_grpo", []),
+    "evaluate": ("training.evaluate", "run_evaluation", ["stage"]),
+    "export": ("training.export", "run_export", []),
+    "report": ("training.report", "run_report", ["full", "json"]),
+}
+RANKED = ("latents", "alignment", "sft", "mr_grpo")
+
 
 def main() -> None:
+    arguments = build_parser().parse_args()
+    set_environment()
+    verb = arguments.verb
+    tools = {
+        "status": show_status,
+        "estimate": show_estimate,
+        "keep": keep_checkpoint,
+        "ablate": run_ablation,
+        "train_foundation": train_foundation,
+        "replay": send_waiting,
+    }
+    if verb in tools:
+        with guard(verb):
+            tools[verb](arguments)
+        return
+    if verb in RANKED:
+        launch()
+    names = {"evaluate": f"evaluation@{getattr(arguments, 'stage', None)}", "export": "export_diffusers"}
+    with open_stage(names.get(verb, verb)) as run:
+        module, function, takes = STAGES[verb]
+        getattr(import_module(module), function)(run, *(getattr(arguments, name) for name in takes))
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description="The stages that need torch, as dvc.yaml calls them.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("foundation", help="gather and check the parts that training starts from")
@@ -57,63 +94,20 @@ def main() -> None:
     ablate.add_argument("--samples", type=int, help="of each evaluation part; by default the preset's")
     ablate.add_argument("--again", action="store_true", help="replace results of other params, code, data or foundation")
     ablate.add_argument("--table", action="store_true", help="compare the results that are there, as Markdown")
-    arguments = parser.parse_args()
-    set_environment()
+    return parser
 
-    tools = {"status": show_status, "estimate": show_estimate, "keep": keep_checkpoint, "ablate": run_ablation}
-    if arguments.verb in tools:
-        with guard(arguments.verb):
-            tools[arguments.verb](arguments)
-        return
-    if arguments.verb == "train_foundation":
-        with guard(arguments.verb), stopping() as stop:  # before the imports: a stop meanwhile is none less
-            from training.foundation_training import run_train_foundation
 
-            run_train_foundation(stop, arguments.part, arguments.params, arguments.out)
-        return
-    if arguments.verb == "replay":
-        from training.spool import replay
+def train_foundation(arguments: argparse.Namespace) -> None:
+    with stopping() as stop:  # before the imports: a stop meanwhile is none less
+        from training.foundation_training import run_train_foundation
 
-        with guard("replay"):
-            print(f"{replay(find_root())} events sent, nothing waits", flush=True)
-        return
-    if arguments.verb in ("latents", "alignment", "sft", "mr_grpo"):
-        launch()
+        run_train_foundation(stop, arguments.part, arguments.params, arguments.out)
 
-    name = (
-        f"evaluation@{arguments.stage}"
-        if arguments.verb == "evaluate"
-        else {"export": "export_diffusers"}.get(arguments.verb, arguments.verb)
-    )
-    with open_stage(name) as run:
-        if arguments.verb == "foundation":
-            from training.foundation import run_foundation
 
-            run_foundation(run)
-        elif arguments.verb == "latents":
-            from training.latents import run_latents
+def send_waiting(arguments: argparse.Namespace) -> None:
+    from training.spool import replay
 
-            run_latents(run)
-        elif arguments.verb in ("alignment", "sft"):
-            from training.supervised import run_supervised
-
-            run_supervised(run, arguments.verb)
-        elif arguments.verb == "mr_grpo":
-            from training.mr_grpo import run_mr_grpo
-
-            run_mr_grpo(run)
-        elif arguments.verb == "evaluate":
-            from training.evaluate import run_evaluation
-
-            run_evaluation(run, arguments.stage)
-        elif arguments.verb == "report":
-            from training.report import run_report
-
-            run_report(run, arguments.full, arguments.json)
-        else:
-            from training.export import run_export
-
-            run_export(run)
+    print(f"{replay(find_root())} events sent, nothing waits", flush=True)
 
 
 def show_status(arguments: argparse.Namespace) -> None:
