@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from runtime.stage import rank
+
 
 class Progress:
-    """Counts `total` units of work.
+    """Counts `total` units of work. Of several ranks the first tells; the others would say the same.
 
     Args:
         total: units in all.
@@ -31,8 +33,8 @@ class Progress:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             self.log = open(log, "a")  # noqa: SIM115 - closed in __exit__
-        self.bar = None
-        if sys.stderr.isatty():
+        self.bar, self.tells = None, rank() == 0
+        if self.tells and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=start, unit=unit, desc=desc, dynamic_ncols=True)
@@ -46,7 +48,7 @@ class Progress:
             if values:
                 self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         last = self.done >= self.total
-        if last or now - self.shown >= (1.0 if self.bar is not None else self.every_s):
+        if self.tells and (last or now - self.shown >= (1.0 if self.bar is not None else self.every_s)):
             self._show(now)
 
     def _show(self, now: float) -> None:
