@@ -43,6 +43,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.asked = False
         self.since = 0.0
         self.parent = os.getppid()
 
@@ -55,6 +56,10 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
+    def ask(self) -> None:
+        """As if a signal had come: for work beside that has failed. One that comes later is the first."""
+        self.asked = True
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             if os.getppid() != self.parent or time.monotonic() - self.since < self.MOMENT:
@@ -66,7 +71,7 @@ class StopRequest:
             os.write(1, said.encode())
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.asked or self.signal is not None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 python -m training foundation | latents | alignment | sft | mr_grpo | evaluate STAGE | export | report [--full] [--json] | replay
 python -m training status [STAGE] [--json] | keep CHECKPOINT | estimate [--preset NAME] [--gpus N] [--gpu NAME] [--rates FILE] [--measure]
 python -m training train_foundation [--part vlm|clip|dit] [--params FILE] [--out FOLDER]
-python -m training ablate [EXPERIMENT] [--samples N] [--again] [--table]
+python -m training ablate [EXPERIMENT] [--samples N] [--jobs N] [--again] [--table]
 """
 
 import argparse
@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("experiment", nargs="?", default="claims")
     ablate.add_argument("--samples", type=int, help="of each evaluation part; by default the preset's")
+    ablate.add_argument("--jobs", type=int, default=1, help="variants at a time, each with its launch.processes and launch.threads")
     ablate.add_argument("--again", action="store_true", help="replace results of other params, code, data or foundation")
     ablate.add_argument("--table", action="store_true", help="compare the results that are there, as Markdown")
     return parser
@@ -136,7 +137,7 @@ def run_ablation(arguments: argparse.Namespace) -> None:
     if arguments.table:
         print_table(find_root(), arguments.experiment)
     else:
-        run_queue(find_root(), arguments.experiment, arguments.samples, arguments.again)
+        run_queue(find_root(), arguments.experiment, arguments.samples, arguments.again, arguments.jobs)
 
 
 def show_estimate(arguments: argparse.Namespace) -> None:

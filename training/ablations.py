@@ -10,7 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,11 +175,12 @@ def shared_digests(root: Path, values: dict[str, Any], preset: str, own_evaluati
     }
 
 
-def run_queue(root: Path, name: str, samples: int | None = None, again: bool = False) -> None:
-    """Run what has no result yet, one item after the other.
+def run_queue(root: Path, name: str, samples: int | None = None, again: bool = False, jobs: int = 1) -> None:
+    """Run what has no result yet, in order.
 
     Args:
         again: run those anew whose results are of other params, code, data or foundation.
+        jobs: items at a time, each with its launch.processes and launch.threads.
 
     Raises:
         OtherResult: there are such results, and `again` was not asked for.
@@ -184,16 +188,21 @@ def run_queue(root: Path, name: str, samples: int | None = None, again: bool = F
         StageFailed: naming the command, its exit code and its log.
         Locked: another process works on this experiment.
     """
+    if jobs < 1:
+        raise ParamsError(f"--jobs {jobs}: at least one item at a time")
     items = plan_items(root, name, samples)
     todo = [item for item in items if not has_result(item, again)]
     print(f"{name}: {len(items) - len(todo)} of {len(items)} results are there", flush=True)
     if todo:
-        run_items(root, name, items, todo)
+        run_items(root, name, items, todo, jobs)
     print(f"{name}: all results are in ablations/{name}/; `python -m training ablate {name} --table` compares them", flush=True)
 
 
-def run_items(root: Path, name: str, items: list[Item], todo: list[Item]) -> None:
-    """One at a time, under the experiment's lock, with one MLflow store for all: outputs/ablations/NAME/outputs/mlflow."""
+def run_items(root: Path, name: str, items: list[Item], todo: list[Item], jobs: int) -> None:
+    """`jobs` at a time, under the experiment's lock, with one MLflow store for all: outputs/ablations/NAME/outputs/mlflow.
+
+    Where one fails the others are stopped, saved, and go on with the next call.
+    """
     folder = root / "outputs" / "ablations" / name
     folder.mkdir(parents=True, exist_ok=True)
     stop = StopRequest()
@@ -205,10 +214,27 @@ def run_items(root: Path, name: str, items: list[Item], todo: list[Item]) -> Non
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": open_store(folder, name)}
         total = sum(item.steps(stage) for item in items for stage in STAGES)
         left = sum(item.steps(stage) for item in todo for stage in STAGES if stage not in read_state(item)["done"])
-        with Progress(total, "step", f"ablate {name}", start=total - left) as progress:
-            for item in todo:
-                run_item(item, environment, stop, progress)
+        with Progress(total, "step", f"ablate {name}", start=total - left) as progress, ThreadPoolExecutor(jobs) as pool:
+            writing = threading.Lock()
+
+            def advance(steps: int) -> None:
+                with writing:
+                    progress.update(steps)
+
+            running = [pool.submit(run_item, item, environment, stop, advance) for item in todo]
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                stop.ask()
+            wait(running)
+            raise_first(running)
     stop.over()
+
+
+def raise_first(ended: list[Future[None]]) -> None:
+    """The first failure of them; where there is none, the first that was merely stopped."""
+    errors = [error for future in ended if (error := future.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, Interrupted)):
+        raise error
 
 
 def has_result(item: Item, again: bool) -> bool:
@@ -247,7 +273,7 @@ def make_project(item: Item) -> None:
     write_json(item.project / STATE, read_state(item))
 
 
-def run_item(item: Item, environment: dict[str, str], stop: StopRequest, progress: Progress) -> None:
+def run_item(item: Item, environment: dict[str, str], stop: StopRequest, advance: Callable[[int], None]) -> None:
     """The stages that are not done yet, in order; then the result, written once."""
     if not (item.project / STATE).is_file() or read_json(item.project / STATE)["digests"] != item.digests:
         make_project(item)
@@ -271,7 +297,7 @@ def run_item(item: Item, environment: dict[str, str], stop: StopRequest, progres
             last = "\n".join(log.read_text().splitlines()[-20:])
             raise StageFailed(f"{item.name}: `{commands[stage].cmd}` ended with {code}, see {log.relative_to(item.root)}:\n{last}")
         if steps := item.steps(stage):
-            progress.update(steps)
+            advance(steps)
     write_json(item.result, result_of(item, state["seconds"]))
     (item.project / STATE).unlink()
     for name in ("runs", "shards", "foundation", "latents", "mixture"):  # models, curves and pictures stay

@@ -5,18 +5,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data.stages import run_shards
-from runtime.exits import Interrupted
+from runtime.exits import Interrupted, StopRequest
 from runtime.files import read_json, sha256_path, tensors_digest, write_json
 from runtime.params import ParamsError, check_params
+from training import ablations
 from training.ablation_table import interval, score_of, table
-from training.ablations import OtherResult, item_values, load_experiment, plan_items, run_queue
+from training.ablations import Item, OtherResult, StageFailed, item_values, load_experiment, plan_items, run_queue
 from training.config import ExperimentConfig
 from training.evaluate import run_evaluation
 
@@ -125,6 +128,29 @@ def test_a_result_is_not_run_twice_and_one_of_something_else_is_refused(nano: Pa
         run_queue(nano, "nano")
 
 
+def test_two_at_a_time_are_two_and_where_one_fails_the_other_is_stopped_and_no_more_begin(nano: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(StopRequest, "install", lambda stop: None)
+    both, begun = threading.Barrier(2, timeout=60), []
+
+    def run_item(item: Item, environment: dict, stop: StopRequest, advance: Callable) -> None:
+        begun.append(item.name)
+        if stop:
+            raise Interrupted(f"stopped before {item.name}")
+        both.wait()
+        if item.name == "last_layer-seed0":
+            raise StageFailed("out of memory")
+        while not stop:
+            time.sleep(0.01)
+        raise Interrupted(f"stopped in {item.name}")
+
+    monkeypatch.setattr(ablations, "run_item", run_item)
+    with pytest.raises(StageFailed, match="out of memory"):
+        run_queue(nano, "nano", jobs=2)
+    assert set(begun[:2]) == {"base-seed0", "last_layer-seed0"}
+    with pytest.raises(ParamsError, match="--jobs 0: at least one"):
+        run_queue(nano, "nano", jobs=0)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a dozen processes, one after the other
 def test_a_queue_stopped_in_sft_goes_on_to_the_figures_of_stages_that_nothing_stopped(nano: Path, tmp_path: Path):
@@ -217,4 +243,4 @@ def test_the_claims_of_the_repository_are_settings_that_params_allow():
     preset = yaml.safe_load((REPO / "presets" / f"{experiment.preset}.yaml").read_text())
     for overrides in experiment.configurations().values():
         params = check_params(item_values(preset, experiment, overrides, seed=2, samples=None))
-        assert (params.alignment.steps, params.sft.steps) == (preset["alignment"]["steps"] / 4, preset["sft"]["steps"] / 4)
+        assert (params.alignment.steps, params.sft.steps) == (round(preset["alignment"]["steps"] / 4), round(preset["sft"]["steps"] / 4))
