@@ -34,7 +34,7 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
         ),
         ("preset: tiny", "presett: tiny", r"presett: unknown key; did you mean 'preset'"),
         ("steps: 430", "steps: -4", r"alignment\.steps: -4 given; input should be greater than 0"),
-        ("lr: 2.0e-3", "lr: fast", r"alignment\.optimizer\.lr: 'fast' given; input should be a valid number"),
+        ("lr: 1.0e-3", "lr: fast", r"alignment\.optimizer\.lr: 'fast' given; input should be a valid number"),
         ("image_edit: 1, text_to_image: 1", "image_edit: 0, text_to_image: 0", r"mixture\.alignment\.ratio: .* sums to 0"),
         (
             "{drawn_text_to_image: 1.0, drawn_image_edit: 1.0}",
