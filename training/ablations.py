@@ -275,6 +275,8 @@ def make_project(item: Item) -> None:
 
 def run_item(item: Item, environment: dict[str, str], stop: StopRequest, advance: Callable[[int], None]) -> None:
     """The stages that are not done yet, in order; then the result, written once."""
+    if stop:  # in a queue that was stopped every waiting item comes here
+        raise Interrupted(f"stopped before {item.name}; the same command goes on")
     if not (item.project / STATE).is_file() or read_json(item.project / STATE)["digests"] != item.digests:
         make_project(item)
     state, log = read_state(item), item.project / "log.txt"

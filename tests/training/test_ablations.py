@@ -128,6 +128,14 @@ def test_a_result_is_not_run_twice_and_one_of_something_else_is_refused(nano: Pa
         run_queue(nano, "nano")
 
 
+def test_an_item_of_a_stopped_queue_makes_no_folder(nano: Path):
+    stop, item = StopRequest(), plan_items(nano, "nano")[0]
+    stop.ask()
+    with pytest.raises(Interrupted, match="stopped before base-seed0"):
+        ablations.run_item(item, {}, stop, print)
+    assert not item.project.exists()
+
+
 def test_two_at_a_time_are_two_and_where_one_fails_the_other_is_stopped_and_no_more_begin(nano: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(StopRequest, "install", lambda stop: None)
     both, begun = threading.Barrier(2, timeout=60), []
