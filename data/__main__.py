@@ -33,6 +33,9 @@ def main() -> None:
     quarantine.add_argument("part")
     quarantine.add_argument("--reason")
     verbs.add_parser("pin", help="the content digest of a part's source, for params.yaml").add_argument("part")
+    land = verbs.add_parser("land", help="point a part at a snapshot that landed in retrain.landing, and pin its content in params.yaml")
+    land.add_argument("part")
+    land.add_argument("snapshot", help="its folder in retrain.landing/PART/")
     catalog = verbs.add_parser("catalog", help="the paper's data sets, and what each stage draws of them")
     catalog.add_argument("--params", metavar="STAGE", choices=STAGES, help="print what STAGE reads as parts and mixture of params.yaml")
     verbs.add_parser("check", help="whether the parts of params.yaml agree with the catalogue's entries that they name")
@@ -84,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from runtime.params import ParamsError
 
     verbs = {"catalog": _catalog, "check": _check, "wants": _wants, "prompts": _prompts, "verify": _verify, "inspect": _inspect}
-    verbs |= {"diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add}
+    verbs |= {"diff": _diff, "quarantine": _quarantine, "pin": _pin, "add": _add, "land": _land}
     try:
         verbs[arguments.verb](arguments)
     except (exits.Plain, ParamsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
@@ -241,6 +244,18 @@ def _pin(arguments: argparse.Namespace) -> None:
     digest = content_digest(part, root)
     state = "as params.yaml says" if digest == part.content else f"params.yaml says {part.content}"
     print(f"data.parts.{arguments.part}.content: {digest}  ({state})")
+
+
+def _land(arguments: argparse.Namespace) -> None:
+    from data.adding import change_in_params, landed_part
+    from runtime.params import load_params
+    from runtime.stage import find_root
+
+    root = find_root()
+    params = load_params(root / "params.yaml")
+    part = landed_part(root, params.retrain.landing, arguments.part, params.data.parts, arguments.snapshot)
+    change_in_params(root / "params.yaml", arguments.part, part)
+    print(f"data.parts.{arguments.part}: path {part.path}, content {part.content}. Next: deepgen run")
 
 
 def _add(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """A part of one's own: from a folder or a table to lines of params.yaml, after a look at what a build makes of it."""
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from data.pinning import content_digest
 from runtime.exits import Plain
 from runtime.files import write_atomic
 
+LANDED = "_SUCCESS"  # the marker of a snapshot that was copied whole
 TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 
@@ -98,6 +100,59 @@ def add_to_params(params: Path, name: str, part: PartConfig, stage: str, weight:
             f"{params.name} is laid out in a way of its own. Write under data.parts:\n{line}\n"
             f"and under mixture.{stage}.parts: {name}: {weight}"
         )
+    write_atomic(params, made)
+
+
+def landed_part(root: Path, landing: str | None, name: str, parts: Mapping[str, PartConfig], snapshot: str) -> PartConfig:
+    """The part, reading the newly landed `snapshot` in place of the one that it read, its content pinned.
+
+    Raises:
+        CannotAdd: no folder is set for landing, nothing landed under that name, or the part is not one that reads from there.
+    """
+    if landing is None:
+        raise CannotAdd("retrain.landing: null in params.yaml; write the folder there in which new data lands as PART/SNAPSHOT/.")
+    base = (root / landing / name).resolve()
+    if not (base / snapshot / LANDED).is_file():
+        raise CannotAdd(f"{base / snapshot}: has no {LANDED}; it is written last, once all files of the snapshot are there.")
+    if name not in parts:
+        raise CannotAdd(
+            f"data.parts: has no {name!r}. Make it one with its first snapshot, then later ones follow by themselves: "
+            f"deepgen data add {base / snapshot} --name {name} --task ... --licence ..."
+        )
+    part, moved = parts[name], {}
+    for key in ("path", "images"):
+        value = getattr(part, key)
+        place = (root / value).resolve() if value else root
+        if place.is_relative_to(base) and place != base:
+            place = base.joinpath(snapshot, *place.relative_to(base).parts[1:])
+            moved[key] = str(place) if Path(value).is_absolute() else os.path.relpath(place, root.resolve())
+    if "path" not in moved:
+        raise CannotAdd(f"data.parts.{name}.path: {part.path!r} is no snapshot in {base}; write one there first, and pin its content.")
+    part = part.model_copy(update=moved)
+    return part.model_copy(update={"content": content_digest(part, root)})
+
+
+def change_in_params(params: Path, name: str, part: PartConfig) -> None:
+    """Write where the part reads and what is there; every other byte of the file stays.
+
+    Raises:
+        CannotAdd: the file is laid out so that the place can't be found; what to write by hand is named.
+    """
+    text = params.read_text()
+    wanted = yaml.safe_load(text)
+    values, lines = wanted["data"]["parts"][name], text.split("\n")
+    new = {key: getattr(part, key) for key in ("path", "images", "content") if getattr(part, key) != values.get(key)}
+    try:
+        at = _find(lines, ("data:", "  parts:", f"    {name}: {{"))
+        for key, value in new.items():
+            lines[at] = lines[at].replace(f"{key}: {values.get(key)}", f"{key}: {value}", 1)
+    except LookupError:
+        lines = []
+    values |= new
+    made = "\n".join(lines)
+    if yaml.safe_load(made) != wanted:
+        told = "\n".join(f"  {key}: {value}" for key, value in new.items())
+        raise CannotAdd(f"{params.name} is laid out in a way of its own. Write under data.parts.{name}:\n{told}")
     write_atomic(params, made)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ def resolve_mixture(stage: str, config: MixtureConfig, shards: Path, removed: di
 def cycle(mixture: dict[str, Any]) -> list[str]:
     """The task of each micro-batch of a cycle, e.g. edit, text, text, text."""
     return [task for task, times in mixture["ratio"].items() for _ in range(times)]
+
+
+def task_counts(mixture: dict[str, Any], micro_batches: int) -> dict[str, int]:
+    """How many of the first micro-batches each task has."""
+    tasks = cycle(mixture)
+    whole, rest = divmod(micro_batches, len(tasks))
+    return {task: whole * tasks.count(task) + tasks[:rest].count(task) for task in mixture["tasks"]}
+
+
+def part_counts(mixture: dict[str, Any], samples: int) -> dict[str, dict[str, int]]:
+    """Of which parts the first samples of each task are."""
+    counts = {}
+    for task, parts in mixture["tasks"].items():
+        stream = TaskStream(mixture, task)
+        drawn = Counter(part for n in range(samples) for part, _ in stream.batch(n, 1)[1])
+        counts[task] = {part["part"]: drawn[part["part"]] for part in parts}
+    return counts
 
 
 class TaskStream:

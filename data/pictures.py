@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -66,4 +67,29 @@ def save_facts(folder: Path, path: Path) -> None:
         axis.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def save_shares(mixture: dict[str, Any], path: Path) -> None:
+    """What a mixture asks for and what it draws: the tasks by its cycle, the parts of each task by its first samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks, realised = mixture["tasks"], mixture["realised"]
+    figure, axes = plt.subplots(1, 1 + len(tasks), figsize=(4 * (1 + len(tasks)), 2.6), layout="constrained")
+    axes[0].barh(list(mixture["ratio"]), list(mixture["ratio"].values()))
+    axes[0].set(title=f"{mixture['stage']}: micro-batches of a cycle")
+    for axis, (task, parts) in zip(axes[1:], tasks.items(), strict=True):
+        total = sum(part["weight"] for part in parts)
+        names = [part["part"] for part in parts]
+        axis.barh(names, [part["weight"] / total for part in parts], height=0.8, alpha=0.35, label="asked for")
+        axis.barh(names, [realised["parts"][task][name] / realised["samples"] for name in names], height=0.4, label="realised")
+        axis.set(title=task, xlabel=f"share of {realised['samples']} samples", xlim=(0, 1.05))
+    figure.legend(*axes[-1].get_legend_handles_labels(), frameon=False, loc="outside lower right", ncols=2)
+    for axis in axes:
+        axis.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, MixtureConfig
+from data.config import EvaluationLeak as LeakPolicy
 from data.decontamination import EvaluationIndex, ImageHashes
 from data.prompts import read_prompts
 from data.records import Reason, Refused
@@ -35,7 +36,7 @@ def find_removed(stage: str, config: MixtureConfig, data: DataConfig, shards: Pa
     """
     takedown = read_takedown(root / TAKEDOWN)
     names = [name for name, weight in config.parts.items() if weight > 0 and (shards / name).is_dir()]
-    policies = {name: config.evaluation_leak.get(name, "allow" if data.parts[name].source == "drawn" else "fail") for name in names}
+    policies = {name: leak_policy(config, data, name) for name in names}
     index = evaluation_index(data, shards, root) if any(policy != "allow" for policy in policies.values()) else None
     removed: dict[str, dict[int, Refused]] = {}
     for name in names:
@@ -58,6 +59,11 @@ def find_removed(stage: str, config: MixtureConfig, data: DataConfig, shards: Pa
                 f"Say in params.yaml what is to become of them: mixture.{stage}.evaluation_leak: {{{name}: remove}} (not read), or allow."
             )
     return removed
+
+
+def leak_policy(config: MixtureConfig, data: DataConfig, name: str) -> LeakPolicy:
+    """What happens to samples of a part that are in an evaluation set; with allow they are not looked for."""
+    return config.evaluation_leak.get(name, "allow" if data.parts[name].source == "drawn" else "fail")
 
 
 def evaluation_index(data: DataConfig, shards: Path, root: Path) -> EvaluationIndex:

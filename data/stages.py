@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from data.build import TABLES, Stopped, build_part, plan_chunks
 from data.catalog import load_catalog
 from data.data_sets import check_parts, located
 from data.loader import read_part
-from data.mixture import cycle, resolve_mixture
-from data.pictures import save_facts, save_samples
+from data.mixture import cycle, part_counts, resolve_mixture
+from data.pictures import save_facts, save_samples, save_shares
 from data.pinning import check_content
-from data.removal import find_removed
+from data.removal import find_removed, leak_policy
 from data.store import upload_tars
 from runtime.exits import Interrupted
 from runtime.files import write_json
@@ -20,6 +21,9 @@ from runtime.progress import Progress
 from runtime.published import verify_part
 from runtime.stage import StageRun
 from runtime.store import Store, shard_store
+
+SHOWN = 24  # samples that are decoded before a part is published, and drawn
+COUNTED = 2000  # samples a task whose parts are counted
 
 
 def run_shards(run: StageRun) -> None:
@@ -56,10 +60,12 @@ def run_shards(run: StageRun) -> None:
     if data.store is not None:
         manifest |= {"store": data.store}  # no part of the dataset id: the same data may lie anywhere
         _upload(run, folder, manifest)
-        write_json(out / "manifest.json", manifest)
-    tars = [] if data.store is not None else ["manifest.json", *(shard["name"] for shard in manifest["shards"])]
+    tars = [] if data.store is not None else [shard["name"] for shard in manifest["shards"]]
     for file in [*TABLES, *tars]:
         os.link(folder / file, out / file)
+    write_json(out / "manifest.json", manifest)
+    shown = list(read_part(out, SHOWN)) if manifest["samples"] else []  # what can't be read back is not published
+    write_json(out / "manifest.json", manifest | {"decoded": len(shown)})
     run.publish(out)
     shutil.rmtree(folder)
     counts = ", ".join(f"{ending} {number}" for ending, number in manifest["counts"].items())
@@ -67,12 +73,12 @@ def run_shards(run: StageRun) -> None:
     print(f"{name}: {counts} ({reasons})", flush=True)
     pictures = {"facts": run.folder / "facts.png"}
     save_facts(run.out, pictures["facts"])
-    if manifest["samples"]:
+    if shown:
         pictures = {"a look inside": run.folder / "samples.png"} | pictures
-        save_samples(list(read_part(run.out, 24)), pictures["a look inside"])
+        save_samples(shown, pictures["a look inside"])
     size = sum(shard["bytes"] for shard in manifest["shards"])
-    shown = {"samples": manifest["samples"], "shards": len(manifest["shards"]), "bytes": size, "dataset_id": manifest["dataset_id"]}
-    run.report(shown | manifest["counts"] | {"reasons": reasons}, pictures)
+    facts = {"samples": manifest["samples"], "shards": len(manifest["shards"]), "bytes": size, "dataset_id": manifest["dataset_id"]}
+    run.report(facts | manifest["counts"] | {"reasons": reasons}, pictures)
 
 
 def _upload(run: StageRun, folder: Path, manifest: dict[str, Any]) -> None:
@@ -106,8 +112,16 @@ def run_mixture(run: StageRun) -> None:
             verify_part(shards / name, whole=False)
     removed = find_removed(stage, config, run.params.data, shards, run.root)
     mixture = resolve_mixture(stage, config, shards, {name: sorted(rows) for name, rows in removed.items()})
+    names = [part["part"] for parts in mixture["tasks"].values() for part in parts]
+    mixture |= {
+        "realised": {"samples": COUNTED, "parts": part_counts(mixture, COUNTED)},
+        "evaluation_leak": {name: leak_policy(config, run.params.data, name) for name in names},
+        "taken_out": {name: dict(Counter(str(row.reason) for row in rows.values())) for name, rows in removed.items()},
+    }
+    picture = run.folder / "shares.png"
+    save_shares(mixture, picture)
     write_json(run.folder / "mixture.json", mixture)
     run.publish(run.folder / "mixture.json")
     samples = {f"{task} samples": sum(part["samples"] for part in parts) for task, parts in mixture["tasks"].items()}
     taken = {f"{name} taken out": len(rows) for name, rows in removed.items() if rows}
-    run.report({"mixture_hash": mixture["mixture_hash"], "cycle": ", ".join(cycle(mixture))} | samples | taken)
+    run.report({"mixture_hash": mixture["mixture_hash"], "cycle": ", ".join(cycle(mixture))} | samples | taken, {"shares": picture})

@@ -6,15 +6,20 @@ from typing import Any
 
 import dagster as dg
 
+from orchestration.budget import refuse_over_budget
 from orchestration.console import say
 from orchestration.dvc import DvcCommand, DvcError
-from orchestration.stage_process import StageFailed, StageProcess
+from orchestration.landing import land_if_asked
+from orchestration.sources import SOURCES
+from orchestration.stage_process import PASSING, StageFailed, StageProcess, pause
+from orchestration.ui import mlflow_page
 from runtime.files import sha256_json, sha256_path
 from runtime.params import parse_params
-from runtime.recipe import Stage, look_up
+from runtime.recipe import Stage, overlap
 from runtime.stage import stage_digests
 
-SOURCES = "sources"
+RETRIES = 2
+RETRY_SECONDS = 30.0  # before the first, doubled by the next
 
 
 def asset_name(stage: Stage) -> str:
@@ -34,16 +39,12 @@ def upstream(stage: Stage, stages: dict[str, Stage]) -> list[str]:
     """Names of the assets whose outputs this stage reads: as they are, a part of them, or a folder that holds them."""
     names = {
         asset_name(other)
+        for path in stage.inputs  # outermost: a part of the data has none, and there may be thousands of parts
         for other in stages.values()
         for out in other.outs
-        for path in stage.inputs
-        if other.name != stage.name and _overlap(path, out)
+        if other.name != stage.name and overlap(path, out)
     }
     return sorted(names)
-
-
-def _overlap(a: str, b: str) -> bool:
-    return a == b or a.startswith(b.rstrip("/") + "/") or b.startswith(a.rstrip("/") + "/")
 
 
 def build_assets(root: Path, stages: dict[str, Stage]) -> list[dg.AssetsDefinition]:
@@ -56,17 +57,18 @@ def stage_asset(root: Path, name: str, members: list[Stage], stages: dict[str, S
     first = members[0]
     deps = sorted({dep for stage in members for dep in upstream(stage, stages)})
     partitioned = bool(first.meta.get("partitioned"))
-    by_key = {stage.key: stage for stage in members}
+    by_key = {str(stage.key): stage for stage in members}
 
     @dg.asset(
         name=name,
         deps=deps or ([SOURCES] if partitioned else []),
         group_name=first.meta.get("group", first.group),
         kinds=set(first.meta.get("kinds", [])) | {"dvc"},
+        owners=[first.meta["owner"]] if "owner" in first.meta else None,
         description=first.desc,
         pool=first.meta.get("pool"),
         code_version=sha256_json({path: sha256_path(root / path) for path in first.code})[:16],
-        partitions_def=dg.StaticPartitionsDefinition([str(key) for key in by_key]) if partitioned else None,
+        partitions_def=dg.StaticPartitionsDefinition(list(by_key)) if partitioned else None,
         backfill_policy=dg.BackfillPolicy.single_run() if partitioned else None,
     )
     def run(context: dg.AssetExecutionContext, stage_process: dg.ResourceParam[StageProcess], dvc: dg.ResourceParam[DvcCommand]) -> Any:
@@ -86,25 +88,43 @@ def materialize(context: dg.AssetExecutionContext, stage: Stage, stage_process: 
     """Bring one stage up to date and recorded; the metadata to show. What is clean already is left alone.
 
     Raises:
-        dagster.Failure: the command failed, or what it depends on changed while it ran. Not retried: the same again would fail again.
+        dagster.RetryRequested: it was killed, hung, or a store did not answer: it goes on from its last checkpoint, RETRIES times.
+        dagster.Failure: it failed otherwise, or what it depends on changed while it ran. Not retried: the same again would fail again.
     """
+    land_if_asked(context, stage_process.root)
     try:
         if dvc.is_clean(stage.name):
             say(f"{stage.name}: up to date, skipped")
             return shown_before(context, stage, dvc.lock_md5(stage)) | {"cached": True, "md5": dvc.lock_md5(stage)}
+        refuse_over_budget(context, stage_process.root, dvc)
         say(f"{stage.name}: {stage.cmd}")
         reported = stage_process.run_stage(context, stage)
         _refuse_if_moved(stage_process.root, stage, reported)
         dvc.commit(stage)
-        return reported | {"cached": False, "md5": dvc.lock_md5(stage)}
+        return reported | mlflow_link(reported) | {"cached": False, "md5": dvc.lock_md5(stage)}
     except StageFailed as error:
-        raise dg.Failure(
-            str(error),
-            allow_retries=False,
-            metadata={"exit_code": error.code, "last_lines": dg.MetadataValue.md(f"```\n{error.tail}\n```")},
-        ) from None
+        if error.code in PASSING and context.retry_number < RETRIES:
+            _try_again(context, error)
+        raise dg.Failure(str(error), allow_retries=False, metadata=error.metadata) from None
     except DvcError as error:
         raise dg.Failure(f"{stage.name}: {error}", allow_retries=False) from None
+
+
+def _try_again(context: dg.AssetExecutionContext, error: StageFailed) -> None:
+    seconds = RETRY_SECONDS * 2**context.retry_number
+    words = f"{error} Tried again in {seconds:g} s, {context.retry_number + 1} of {RETRIES}."
+    say(words)
+    context.log.warning(f"{words}\n{error.tail}")
+    pause(context, seconds)
+    raise dg.RetryRequested(max_retries=RETRIES) from None
+
+
+def mlflow_link(reported: dict[str, Any]) -> dict[str, Any]:
+    """The page of the MLflow run that a stage reported, where its pictures are whole; the run is tagged with Dagster's in turn."""
+    run, experiment = (reported.get(f"mlflow_{name}_id") for name in ("run", "experiment"))
+    if run is None or experiment is None:
+        return {}
+    return {"MLflow": dg.MetadataValue.url(mlflow_page(f"experiments/{experiment.value}/runs/{run.value}"))}
 
 
 def shown_before(context: dg.AssetExecutionContext, stage: Stage, md5: str) -> dict[str, Any]:
@@ -132,14 +152,3 @@ def _refuse_if_moved(root: Path, stage: Stage, reported: dict[str, Any]) -> None
             "Run `deepgen run` again for the settings as they are now, or put the change back first.",
             allow_retries=False,
         )
-
-
-def sources_asset(root: Path) -> dg.SourceAsset:
-    """What the shards are drawn or read from. Its version is the digest of the catalogue, so a new part shows as new data."""
-
-    @dg.observable_source_asset(name=SOURCES, group_name="data", description="The catalogue of data parts in params.yaml.")
-    def sources() -> dg.DataVersion:
-        values = parse_params((root / "params.yaml").read_text())
-        return dg.DataVersion(sha256_json(look_up(values, "data.parts"))[:16])
-
-    return sources

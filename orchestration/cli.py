@@ -6,13 +6,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestration.child import run_child
+from orchestration.ui import DAGSTER_PORT, MLFLOW_PORT
 from runtime import exits
 from runtime.environment import set_environment
+
+if TYPE_CHECKING:
+    from orchestration.pipeline_run import Outcome
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A factory for DeepGen, image generation and editing."
@@ -29,6 +33,7 @@ Seed = Annotated[int, typer.Option(help="Equal seeds give equal pictures.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: as in the evaluation.")]
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Classifier-free guidance; default: as in the evaluation.")]
 Model = Annotated[str, typer.Option(help="A registry address (models:/NAME@ALIAS) or a folder.")]
+Reason = Annotated[str | None, typer.Option(help="Why, for the log in outputs/registry.")]
 Out = Annotated[Path, typer.Option(help="Where the PNG goes.")]
 
 
@@ -36,12 +41,16 @@ Out = Annotated[Path, typer.Option(help="Where the PNG goes.")]
 def run() -> None:
     """Bring everything up to date: data, three training stages, evaluation, export, registry. What is done is skipped."""
     from orchestration.pipeline_run import run_pipeline
+
+    _close(run_pipeline(_root()), "deepgen run")
+
+
+def _close(outcome: "Outcome", command: str) -> None:
+    """The last words of a run, and its exit code."""
     from orchestration.summary import closing_summary
 
-    root = _root()
-    outcome = run_pipeline(root)
     if outcome.interrupted:
-        typer.echo("interrupted; finished parts are kept and the running stage is saved. Go on with: deepgen run", err=True)
+        typer.echo(f"interrupted; finished parts are kept and the running stage is saved. Go on with: {command}", err=True)
         raise typer.Exit(outcome.exit_code)
     for name, message in outcome.failures.items():
         typer.echo(f"\nfailed: {name}\n{message}", err=True)
@@ -50,7 +59,38 @@ def run() -> None:
         raise typer.Exit(outcome.exit_code)
     if not outcome.made:
         typer.echo("nothing to do: everything is up to date")
-    typer.echo("\n" + closing_summary(root))
+    typer.echo("\n" + closing_summary(_root()))
+
+
+@app.command()
+def retrain(dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the decision, and stop.")] = False) -> None:
+    """Train again if there is reason to, as schedule and sensor would: enough new samples, age, other params. Says why, or why not."""
+    from orchestration.retraining import retrain as train_again
+
+    outcome = train_again(_root(), dry_run)
+    if outcome is not None:
+        _close(outcome, "deepgen run")
+
+
+@app.command()
+def predict(as_json: Annotated[bool, typer.Option("--json", help="Print the figures, and nothing else.")] = False) -> None:
+    """What `deepgen run` would take now: hours, disk, samples; for GPU presets GPU-hours and money. Above the budget it is refused."""
+    import json
+
+    from orchestration.budget import describe, over_budget, predict, stages_to_make
+    from orchestration.dvc import DvcCommand
+    from runtime.params import load_params
+
+    root = _root()
+    params = load_params(root / "params.yaml")
+    prediction = predict(root, params, stages_to_make(root, DvcCommand(root)))
+    problems = over_budget(prediction, params)
+    if as_json:
+        typer.echo(json.dumps(prediction.to_json() | {"over_budget": problems}, indent=1))
+        return
+    typer.echo(describe(prediction) or "nothing to do: everything is up to date")
+    for problem in problems:
+        typer.echo(problem, err=True)
 
 
 @app.command()
@@ -66,13 +106,35 @@ def init() -> None:
 
 @app.command()
 def ui(
-    dagster_port: Annotated[int, typer.Option(min=1, max=65535)] = 3000,
-    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    dagster_port: Annotated[int, typer.Option(min=1, max=65535)] = DAGSTER_PORT,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = MLFLOW_PORT,
 ) -> None:
     """Dagster and MLflow in the browser, on this clone's files. Ctrl-C stops both."""
     from orchestration.ui import serve
 
     raise typer.Exit(serve(_root(), dagster_port, mlflow_port))
+
+
+@app.command()
+def doctor(
+    dagster_port: Annotated[int, typer.Option(min=1, max=65535)] = 3000,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings, for a program.")] = False,
+) -> None:
+    """What could stop a run here, and how to mend it. It changes nothing; the exit code is 1 if something is wrong."""
+    import json
+    from dataclasses import asdict
+
+    from orchestration.doctor import examine
+
+    findings = []
+    for finding in examine(_root(), dagster_port, mlflow_port):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(str(finding))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    raise typer.Exit(exits.FAILED if any(finding.state == "wrong" for finding in findings) else exits.DONE)
 
 
 @app.command()
@@ -135,21 +197,28 @@ def _registered(model: str) -> tuple[Path, Any]:
     """The pipeline folder behind a registry address, and its version.
 
     Raises:
-        NotRegistered: no such version, or its files are not the registered ones.
+        NotRegistered: no such version.
+        Untrusted: its files are not the registered ones, or hold a pickle.
     """
-    from orchestration.registry import NotRegistered, Registry
-    from runtime.files import tensors_digest
+    from orchestration.registry import CHAMPION, Registry
     from runtime.params import load_params
 
     root = _root()
     registry = Registry.open(root, load_params(root / "params.yaml"))
     version = registry.resolve(model)
-    folder = registry.pipeline_folder(version)
-    if tensors_digest(folder) != version.tags.get("model_digest"):
-        raise NotRegistered(
-            f"{model}: the files of version {version.version} are not the registered ones; `deepgen run` registers the export again."
-        )
+    folder, _ = registry.verify(version)
+    if model == f"models:/{registry.name}@{CHAMPION}":
+        _warn_of_ungated(registry)
     return folder, version
+
+
+def _warn_of_ungated(registry: Any) -> None:
+    from orchestration.promotion_log import why_ungated
+
+    with registry.lock():  # a promotion that is going on is none that was interrupted
+        why = why_ungated(registry)
+    if why:
+        typer.echo(f"warning: {why}", err=True)
 
 
 @app.command()
@@ -178,24 +247,110 @@ def foundation() -> None:
 
 
 @app.command()
-def promote() -> None:
+def promote(reason: Reason = None) -> None:
     """Make the challenger champion, if every gate holds. The asset `champion` does the same."""
     from orchestration.dvc import DvcCommand
     from orchestration.promotion import promote as promote_challenger
+    from orchestration.registry import Registry
     from runtime.params import load_params
 
     root = _root()
-    typer.echo(promote_challenger(root, load_params(root / "params.yaml"), DvcCommand(root)).message)
+    params = load_params(root / "params.yaml")
+    _warn_of_ungated(Registry.open(root, params))
+    typer.echo(promote_challenger(root, params, DvcCommand(root), via="cli", reason=reason).message)
 
 
 @app.command()
-def rollback() -> None:
-    """Make the previous champion champion again."""
+def rollback(reason: Reason = None) -> None:
+    """Make the previous champion champion again. The job `rollback` does the same."""
     from orchestration.promotion import rollback as roll_back
+    from orchestration.registry import Registry
     from runtime.params import load_params
 
     root = _root()
-    typer.echo(roll_back(root, load_params(root / "params.yaml")).message)
+    params = load_params(root / "params.yaml")
+    _warn_of_ungated(Registry.open(root, params))
+    typer.echo(roll_back(root, params, via="cli", reason=reason).message)
+
+
+@app.command()
+def approve(
+    version: Annotated[str, typer.Argument(help="Number of a registered version.")],
+    by: Annotated[str, typer.Option(help="Who approves.")],
+    reason: Reason = None,
+) -> None:
+    """Say that a person has looked at a version, and that it may be promoted: its weights, as measured on the present evaluation set."""
+    from orchestration.approval import approve as approve_version
+    from orchestration.dvc import DvcCommand
+    from runtime.params import load_params
+
+    root = _root()
+    row = approve_version(root, load_params(root / "params.yaml"), DvcCommand(root), version, by, reason)
+    weights, evaluation_set = row["model_digest"][:12], row["evaluation_set_digest"][:12]
+    typer.echo(f"version {row['version']}: weights {weights} on evaluation set {evaluation_set}, approved by {by}; next: deepgen promote")
+
+
+@app.command()
+def verify() -> None:
+    """Hash every recorded output and hold it against dvc.lock. DVC calls what it restored from a damaged cache or remote up to date."""
+    from runtime.recorded import NotAsRecorded, differing_outputs, recorded_outputs
+
+    root = _root()
+    recorded = recorded_outputs(root)
+    differing = differing_outputs(root, recorded)
+    there = [path for outs in recorded.values() for path in outs if (root / path).exists()]
+    typer.echo(f"{len(there) - len(differing)} of {len(there)} recorded outputs hold the bytes that dvc.lock names")
+    if differing:
+        lines = [f"  {path}: make it anew with `dvc repro --force --single-item {name}`" for path, name in differing.items()]
+        raise NotAsRecorded("not as recorded:\n" + "\n".join(lines))
+
+
+@app.command()
+def lineage(
+    version: Annotated[str, typer.Argument(help="A version's number, @ALIAS, models:/NAME/NUMBER, or an exported folder.")],
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Print the edits that the commit did not hold, as a patch, and nothing else.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, for a program.")] = False,
+) -> None:
+    """What made a model: commit and edits, params, data, runs, environment, licences, and who promoted it why."""
+    import json
+
+    from orchestration.lineage import describe, describe_stranger, find_version, read_lineage, read_record
+    from orchestration.provenance import DIFF
+    from orchestration.registry import Registry
+    from runtime.params import load_params
+
+    root = _root()
+    registry = Registry.open(root, load_params(root / "params.yaml"))
+    found, digest = find_version(root, registry, version)
+    if found is None:
+        for line in describe_stranger(Path(version), digest, registry):
+            typer.echo(line, err=as_json or diff)
+        raise typer.Exit(exits.FAILED)
+    if diff:
+        typer.echo(read_record(registry, found.run_id).files.get(DIFF, b""), nl=False)
+        return
+    facts = read_lineage(root, registry, found)
+    for line in [json.dumps(facts, indent=1, sort_keys=True)] if as_json else describe(facts):
+        typer.echo(line)
+
+
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN_ID|VERSION", help="A version as in `lineage`, or the MLflow run of its registration.")],
+    with_diff: Annotated[bool, typer.Option("--with-diff", help="Apply the recorded edits that its commit does not hold.")] = False,
+    cached: Annotated[bool, typer.Option("--cached", help="Take from DVC's cache what it still has, instead of building it.")] = False,
+    stage: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="Only this one and what it needs; repeatable.")] = None,
+) -> None:
+    """Build a recorded run again, in a clone of its own under outputs/reproduce, and compare every output with the recorded one."""
+    from orchestration.registry import Registry
+    from orchestration.reproduce import reproduce as build_again
+    from runtime.params import load_params
+
+    root = _root()
+    registry = Registry.open(root, load_params(root / "params.yaml"))
+    raise typer.Exit(build_again(root, registry, run, typer.echo, with_diff, cached, stage or []))
 
 
 @app.command()

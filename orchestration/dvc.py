@@ -1,5 +1,6 @@
 """DVC, as a command: is a stage's output up to date, record it, and what did `dvc.lock` record."""
 
+import configparser
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -37,6 +38,23 @@ def find_dvc(root: Path) -> str:
     return found
 
 
+def dvc_environment(root: Path) -> dict[str, str]:
+    """What a dvc command at `root` is given: no word to anyone, and nothing left outside the clone."""
+    return {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(root / ".dvc" / "tmp" / "site")}
+
+
+def dvc_config(root: Path) -> dict[str, dict[str, str]]:
+    """Section -> settings of .dvc/config and .dvc/config.local, as DVC merges them."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read([root / ".dvc" / "config", root / ".dvc" / "config.local"])
+    return {name.strip("'"): {key: value.strip("\"'") for key, value in parser[name].items()} for name in parser.sections()}
+
+
+def cache_folder(root: Path) -> Path:
+    """Where DVC keeps the objects of the clone."""
+    return root / ".dvc" / dvc_config(root).get("cache", {}).get("dir", "cache")
+
+
 class DvcCommand:
     """The commands of DVC that the assets need, run at `root`."""
 
@@ -56,11 +74,24 @@ class DvcCommand:
         share one status of all stages."""
         if name not in self.recorded():
             return False
-        if self._survey is None:
-            return not self.changes(name)
-        if time.monotonic() - self._survey[0] > SURVEY_SECONDS:
-            self._survey = (time.monotonic(), json.loads(self._run("status", "--json") or "{}"))
-        return not self._survey[1].get(name)
+        return not (self.changes(name) if self._survey is None else self._all_changes().get(name))
+
+    def clean_stages(self) -> set[str]:
+        """The stages that may be skipped; of a clone where nothing was recorded DVC is not asked."""
+        recorded = self.recorded()
+        if not recorded:
+            return set()
+        changed = self._all_changes()
+        return {name for name in recorded if not changed.get(name)}
+
+    def _all_changes(self) -> dict[str, list[Any]]:
+        """One status of all stages, shared for SURVEY_SECONDS as long as this process records none."""
+        if self._survey is not None and time.monotonic() - self._survey[0] <= SURVEY_SECONDS:
+            return self._survey[1]
+        changes = json.loads(self._run("status", "--json") or "{}")
+        if self._survey is not None:
+            self._survey = (time.monotonic(), changes)
+        return cast(dict[str, list[Any]], changes)
 
     def changed_outs(self, name: str) -> dict[str, str]:
         """Outputs of a stage that are not what was recorded, with how they differ (modified, deleted, not in cache)."""
@@ -122,4 +153,4 @@ class DvcCommand:
         raise DvcError(f"`dvc {' '.join(arguments)}` failed ({process.returncode}): {errors.strip() or output.strip()}")
 
     def _environment(self) -> dict[str, str]:
-        return os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(self.root / ".dvc" / "tmp" / "site")}
+        return os.environ | dvc_environment(self.root)

@@ -4,21 +4,26 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration.alerts import tell_failures
+from orchestration.budget import check_budget, describe
 from orchestration.catalogue import check_catalogue
 from orchestration.console import terminal_for_us
+from orchestration.dvc import DvcCommand
 from orchestration.stores import init_stores
 from runtime import exits
-from runtime.params import load_params
+from runtime.params import Params, load_params
+from runtime.run_folder import run_folders, writer_of
 
 if TYPE_CHECKING:
     import dagster as dg
 
+PIPELINE = "pipeline"
 PROCESS_TAG = "deepgen/process"
 LOG = Path("outputs/dagster/deepgen-run.log")
 
@@ -50,26 +55,40 @@ def run_pipeline(root: Path) -> Outcome:
     Raises:
         ParamsError: before anything is touched; of a part that the catalogue contradicts or refuses as well.
         AlreadyRunning: another one holds the lock.
+        OverBudget: it would take more than params.yaml allows, or than the disk holds.
     """
     params = load_params(root / "params.yaml")
     check_catalogue(root, params)
-    with only_one(root):
-        init_stores(root, params.registry.experiment)
-        import dagster as dg
-
-        with dg.DagsterInstance.get() as instance:
-            bury_dead_runs(instance)
-            return _execute(root, instance)
+    with only_one(root), own_instance(root, params) as instance:
+        dvc = DvcCommand(root)
+        if told := describe(check_budget(root, params, dvc)):
+            print(told, flush=True)
+        return execute(root, instance, dvc, PIPELINE, {})
 
 
-def _execute(root: Path, instance: "dg.DagsterInstance") -> Outcome:
-    from orchestration.definitions import PIPELINE, build_definitions
+@contextmanager
+def own_instance(root: Path, params: Params) -> "Iterator[dg.DagsterInstance]":
+    """The Dagster instance of this clone, made if need be, without runs whose process is gone."""
+    init_stores(root, params.registry.experiment)
+    import dagster as dg
 
-    job = build_definitions(root).resolve_job_def(PIPELINE)
+    with dg.DagsterInstance.get() as instance:
+        bury_dead_runs(instance)
+        yield instance
+
+
+def execute(root: Path, instance: "dg.DagsterInstance", dvc: DvcCommand, name: str, tags: Mapping[str, str]) -> Outcome:
+    """Run a job of this project in this process, to its end."""
+    from orchestration.definitions import build_definitions
+
+    job = build_definitions(root, dvc).resolve_job_def(name)
     signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # a closed terminal is an interruption as well
+    all_tags = {**tags, **partition_tags(job), PROCESS_TAG: process_name()}
     with terminal_for_us(root / LOG):
-        result = job.execute_in_process(instance=instance, raise_on_error=False, tags=partition_tags(job) | {PROCESS_TAG: process_name()})
-    return read_outcome(result)
+        result = job.execute_in_process(instance=instance, raise_on_error=False, tags=all_tags)
+    outcome = read_outcome(result)
+    tell_failures(root, instance, outcome)
+    return outcome
 
 
 def partition_tags(job: Any) -> dict[str, str]:
@@ -88,7 +107,19 @@ def read_outcome(result: "dg.ExecuteInProcessResult") -> Outcome:
 
     interrupted = result.dagster_run.status in (dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.CANCELING)
     outcome = Outcome(result.run_id, interrupted)
-    for event in result.all_events:
+    read_events(outcome, result.all_events)
+    if not result.success and not outcome.failures and not interrupted:
+        outcome.interrupted = _ended_by_signal(result)
+        if not outcome.interrupted:
+            outcome.failures["run"] = f"failed; its log is {LOG}"
+    return outcome
+
+
+def read_events(outcome: Outcome, events: "Iterable[dg.DagsterEvent]") -> None:
+    """Add what the events of a run tell."""
+    import dagster as dg
+
+    for event in events:
         if event.is_step_materialization:
             materialization = event.step_materialization_data.materialization
             name = "/".join(filter(None, (materialization.asset_key.to_user_string(), materialization.partition)))
@@ -100,11 +131,6 @@ def read_outcome(result: "dg.ExecuteInProcessResult") -> Outcome:
                 outcome.failures[f"{check.asset_key.to_user_string()}: check {check.check_name}"] = check.description or "failed"
         elif event.is_step_failure and event.step_key is not None:
             _add_failure(outcome, event)
-    if not result.success and not outcome.failures and not interrupted:
-        outcome.interrupted = _ended_by_signal(result)
-        if not outcome.interrupted:
-            outcome.failures["run"] = f"failed; its log is {LOG}"
-    return outcome
 
 
 def _add_failure(outcome: Outcome, event: Any) -> None:
@@ -147,9 +173,46 @@ def only_one(root: Path) -> Iterator[None]:
         yield
 
 
+def run_in_progress(root: Path) -> int | None:
+    """The process that holds the clone's run lock; None if nobody does."""
+    try:
+        with open(root / "outputs" / "run.lock") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return int(handle.read().strip() or 0)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def in_progress(root: Path, instance: "dg.DagsterInstance") -> str | None:
+    """What works on this clone, in words: another `deepgen run`, a run of Dagster, a stage that `dvc repro` started; None if none."""
+    import dagster as dg
+
+    pid = run_in_progress(root)
+    if pid not in (None, os.getpid()):
+        return f"`deepgen run` is at work (process {pid})"
+    bury_dead_runs(instance)
+    status = dg.DagsterRunStatus
+    statuses = [status.QUEUED, status.STARTING, status.STARTED, status.CANCELING]
+    for run in instance.get_runs(dg.RunsFilter(statuses=statuses), limit=1):
+        return f"run {run.run_id[:8]} of {run.job_name} is {run.status.value.lower()}"
+    for folder in run_folders(root):
+        if (writer := writer_of(folder)) is not None:
+            return f"process {writer} writes {folder.relative_to(root)}"
+    return None
+
+
 def process_name() -> str:
     """This process, told from a later one that got the same number."""
     return f"{os.getpid()}:{_born(os.getpid())}"
+
+
+def is_alive(process: str) -> bool:
+    """Whether the process of this `process_name` still runs."""
+    pid, _, born = process.partition(":")
+    return _born(int(pid)) == born
 
 
 def _born(pid: int) -> str | None:
@@ -167,7 +230,7 @@ def bury_dead_runs(instance: "dg.DagsterInstance") -> None:
     for run in instance.get_runs(
         dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING])
     ):
-        pid, _, born = run.tags.get(PROCESS_TAG, "").partition(":")
-        if pid and _born(int(pid)) != born:
-            instance.report_run_failed(run, f"its process {pid} was killed; noticed {time.strftime('%H:%M:%S')}")
+        process = run.tags.get(PROCESS_TAG)
+        if process and not is_alive(process):
+            instance.report_run_failed(run, f"its process {process.partition(':')[0]} was killed; noticed {time.strftime('%H:%M:%S')}")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
@@ -14,8 +15,11 @@ import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from orchestration.console import say
+from orchestration.tail import tailing
 from runtime import exits
 from runtime.recipe import Stage
+from runtime.run_folder import command_for, last_whole_checkpoint
+from runtime.stage import DAGSTER_RUN
 
 LAST_LINES = 20
 LAST_BYTES = 4000
@@ -27,16 +31,18 @@ MEANINGS = {
     exits.LOCKED: "another process is running this stage",
     exits.INTERRUPTED: "interrupted; its state is saved",
     exits.HUNG: "a rank took no step for launch.hang_seconds; its stacks are in hang-rank*.txt of the run folder",
+    exits.UNREACHABLE: "a store did not answer",
     -signal.SIGKILL: "killed (SIGKILL): often the machine ran out of memory",
     128 + signal.SIGKILL: "killed (SIGKILL): often the machine ran out of memory",
 }
+PASSING = {exits.HUNG, exits.UNREACHABLE, -signal.SIGKILL, 128 + signal.SIGKILL}  # the same command may go through the next time
 
 
 class StageFailed(Exception):
-    """A stage command ended with a code other than 0."""
+    """A stage command ended with a code other than 0. `checkpoint` is the last whole one of its run folder, if it has any."""
 
-    def __init__(self, stage: Stage, code: int, lines: list[str]) -> None:
-        self.stage, self.code, self.lines = stage, code, lines
+    def __init__(self, stage: Stage, code: int, lines: list[str], checkpoint: Path | None = None) -> None:
+        self.stage, self.code, self.lines, self.checkpoint = stage, code, lines, checkpoint
         verb = "goes on from there" if code == exits.INTERRUPTED else "tries again, from its last checkpoint if it has one"
         meaning = MEANINGS.get(code, f"failed with exit code {code}")
         super().__init__(f"{stage.name}: {meaning}. `deepgen run` {verb}; alone: `dvc repro --single-item {stage.name}`.")
@@ -44,6 +50,16 @@ class StageFailed(Exception):
     @property
     def tail(self) -> str:
         return "\n".join(self.lines)[-LAST_BYTES:]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the page of the failed run shows."""
+        return {
+            "exit_code": self.code,
+            "last_lines": dg.MetadataValue.md(f"```\n{self.tail}\n```"),
+            "last_checkpoint": dg.MetadataValue.path(str(self.checkpoint)) if self.checkpoint else "none",
+            "command": command_for(self.stage.name),
+        }
 
 
 def command_of(stage: Stage) -> list[str]:
@@ -70,7 +86,8 @@ class StageProcess(dg.PipesSubprocessClient):
             StageFailed: exit code other than 0.
         """
         with dg.open_pipes_session(context, self.context_injector, self.message_reader, extras={"stage": stage.name}) as session:
-            environment = os.environ | session.get_bootstrap_env_vars() | {"PYTHONUNBUFFERED": "1", "PATH": _path()}
+            own = {"PYTHONUNBUFFERED": "1", "PATH": _path(), DAGSTER_RUN: context.run.run_id}
+            environment = os.environ | session.get_bootstrap_env_vars() | own
             process = Popen(
                 command_of(stage),
                 cwd=self.cwd,
@@ -85,16 +102,17 @@ class StageProcess(dg.PipesSubprocessClient):
             assert process.stdout is not None, "stdout is a pipe"
             pump = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True, name=f"{stage.name}-lines")
             pump.start()
-            try:
-                code = process.wait()
-            except DagsterExecutionInterruptedError:
-                _mark_canceling(context)
-                self._stop(process, stage)
-                raise
-            finally:
-                pump.join(timeout=5)
+            with tailing(context, self.root, stage, process.pid) as tail:
+                try:
+                    code = process.wait()
+                except DagsterExecutionInterruptedError:
+                    _mark_canceling(context)
+                    self._stop(process, stage)
+                    raise
+                finally:
+                    pump.join(timeout=5)
         if code != exits.DONE:
-            raise StageFailed(stage, code, list(lines))
+            raise StageFailed(stage, code, list(lines), last_whole_checkpoint(tail.folder) if tail.folder else None)
         return {name: value for result in session.get_results() for name, value in (result.metadata or {}).items()}
 
     def _stop(self, process: "Popen[str]", stage: Stage) -> None:
@@ -111,6 +129,15 @@ def _pump(stream: IO[str], lines: deque[str]) -> None:
     for line in stream:
         lines.append(line.rstrip("\n"))
         say(lines[-1])
+
+
+def pause(context: dg.AssetExecutionContext, seconds: float) -> None:
+    """Wait inside the step: there Ctrl-C and the UI's Terminate are heard. Dagster's own wait before a retry is deaf to them."""
+    try:
+        time.sleep(seconds)
+    except DagsterExecutionInterruptedError:
+        _mark_canceling(context)
+        raise
 
 
 def _mark_canceling(context: dg.AssetExecutionContext) -> None:

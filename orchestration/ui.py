@@ -1,7 +1,6 @@
 """`deepgen ui`: Dagster and MLflow on this clone's files, on the loopback address only, stopped together."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -10,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+from orchestration.child import ends_with_parent
 from orchestration.stores import dagster_home, init_stores
-from runtime.exits import PR_SET_PDEATHSIG
 from runtime.mlflow_store import open_store
 from runtime.params import load_params
 
 HOST = "127.0.0.1"
+DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
+MLFLOW_ADDRESS = "DEEPGEN_MLFLOW_ADDRESS"  # environment of what the UI starts: where MLflow is shown, for links
 STOP_SECONDS = 15
 MLFLOW_GUARDS = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -37,6 +38,7 @@ def serve(root: Path, dagster_port: int, mlflow_port: int) -> int:
     store = open_store(root, experiment)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: a shell starts its background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
+    os.environ[MLFLOW_ADDRESS] = f"http://{HOST}:{mlflow_port}"
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in commands(root, store, dagster_port, mlflow_port).items():
@@ -66,9 +68,15 @@ def commands(root: Path, store: str, dagster_port: int, mlflow_port: int) -> dic
     return wanted
 
 
+def mlflow_page(path: str) -> str:
+    """Where a browser finds a page of MLflow: at the tracking server, if there is one, else where `deepgen ui` shows it."""
+    remote = os.environ.get("MLFLOW_TRACKING_URI", "")
+    here = os.environ.get(MLFLOW_ADDRESS, f"http://{HOST}:{MLFLOW_PORT}")
+    return f"{(remote if remote.startswith('http') else here).rstrip('/')}/#/{path}"
+
+
 def _start(root: Path, name: str, command: list[str]) -> "subprocess.Popen[bytes]":
     """In a process group of its own, to be stopped with all its children, and told by the kernel if this process dies."""
-    libc = ctypes.CDLL(None)
     with open(dagster_home(root) / f"{name}.log", "ab") as log:
         return subprocess.Popen(
             command,
@@ -78,7 +86,7 @@ def _start(root: Path, name: str, command: list[str]) -> "subprocess.Popen[bytes
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
+            preexec_fn=ends_with_parent(),
         )
 
 
@@ -92,7 +100,7 @@ def _wait(processes: dict[str, "subprocess.Popen[bytes]"], dagster_port: int, ml
                 print(f"{name} ended with code {process.returncode}; its log is outputs/dagster/{name}.log", file=sys.stderr, flush=True)
                 return 1
         for title, port in list(waiting.items()):
-            if _listening(port):
+            if listening(port):
                 print(f"  {title:<8} http://{HOST}:{port}", flush=True)
                 del waiting[title]
                 if not waiting:
@@ -117,12 +125,12 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _listening(port: int) -> bool:
+def listening(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex((HOST, port)) == 0
 
 
 def _refuse_busy(port: int, option: str) -> None:
-    if _listening(port):
+    if listening(port):
         raise PortBusy(f"port {port} on {HOST} is in use, perhaps by another `deepgen ui`: stop that, or choose another with {option}.")

@@ -17,6 +17,7 @@ BAD_PARAMS = 2
 INPUTS_CHANGED = 3
 LOCKED = 4
 HUNG = 5  # a rank took no step for launch.hang_seconds: its stacks are in the run folder, the same command goes on
+UNREACHABLE = 6  # a store did not answer: the same command may go through later
 NO_READER = 141  # as a shell reports SIGPIPE: what this printed was not read to its end
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command to go on
 
@@ -26,6 +27,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 class Plain(Exception):
     """An error that a user can mend and whose message says how: stage commands show it without its trace."""
+
+
+class Unreachable(Plain):
+    """Something outside this machine did not answer; the same command may go through later."""
 
 
 class Interrupted(Exception):

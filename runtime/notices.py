@@ -59,20 +59,23 @@ def told(root: Path, stage: str, folder: Path, config: NoticesConfig, on_finish:
     The body's own error, whatever it is, goes on unchanged.
     """
     (folder / ENDED).unlink(missing_ok=True)
+    began = time.monotonic()
     try:
         yield
     except BaseException as error:
         told_to_stop = isinstance(error, (Interrupted, KeyboardInterrupt))
         tell_end(root, stage, folder, config, "interrupted" if told_to_stop else "failed", f"{type(error).__name__}: {error}")
         raise
-    tell_end(root, stage, folder, config, "finished", "", on_finish)
+    tell_end(root, stage, folder, config, "finished", "", on_finish, time.monotonic() - began)
 
 
-def tell_end(root: Path, stage: str, folder: Path, config: NoticesConfig, state: str, message: str, send: bool = True) -> None:
+def tell_end(
+    root: Path, stage: str, folder: Path, config: NoticesConfig, state: str, message: str, send: bool = True, seconds: float | None = None
+) -> None:
     """Note in the run folder how a stage ends, and send the notice; returns in bounded time and raises nothing."""
     message = message[:ERROR_CHARACTERS]
     try:
-        write_json(folder / ENDED, {"state": state, "error": message or None, "time": time.time()})
+        write_json(folder / ENDED, {"state": state, "error": message or None, "time": time.time(), "seconds": seconds})
         if send:
             checkpoint = last_whole_checkpoint(folder)
             command = "deepgen run" if state == "finished" else command_for(stage)

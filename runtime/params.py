@@ -10,7 +10,7 @@ from pydantic import ValidationError, model_validator
 
 from data.config import DataConfig, MixtureConfig
 from model.config import FoundationConfig, ModelConfig
-from orchestration.config import GatesConfig, RegistryConfig, RetrainConfig
+from orchestration.config import BudgetConfig, GatesConfig, RegistryConfig, RetrainConfig
 from runtime.config import NoticesConfig
 from runtime.settings import Settings
 from training.config import EvaluationConfig, LatentsConfig, LaunchConfig, MRGRPOConfig, SFTConfig, SupervisedConfig
@@ -40,6 +40,7 @@ class Params(Settings):
     launch: LaunchConfig
     gates: GatesConfig
     registry: RegistryConfig
+    budget: BudgetConfig
     retrain: RetrainConfig
     notices: NoticesConfig
 
@@ -101,7 +102,10 @@ class Params(Settings):
         return self
 
 
-class _Loader(yaml.SafeLoader):
+_SafeLoader: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # in C: thousands of parts take seconds in Python
+
+
+class _Loader(_SafeLoader):
     """YAML 1.2 numbers (1e-4 is a float) and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -109,7 +113,8 @@ class _Loader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise ParamsError(f"{key}: written twice (line {node.start_mark.line + 1} on); keep one.")
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 _Loader.add_implicit_resolver(

@@ -8,6 +8,8 @@ from types import TracebackType
 
 from runtime.stage import rank
 
+ROW = ("time", "step", "total", "rate", "eta_s")  # of a line of progress.jsonl; what else it holds are values
+
 
 class Progress:
     """Counts `total` units of work. Of several ranks the first tells; the others would say the same.
@@ -57,12 +59,11 @@ class Progress:
         eta = (self.total - self.done) / rate if rate > 0 else float("inf")
         if self.samples:
             self.values["samples_per_s"] = round(rate * self.samples, 2)
+        row = {"time": time.time(), "step": self.done, "total": self.total, "rate": rate, "eta_s": min(eta, 1e9)} | self.values
         if self.bar is None:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in self.values.items())
-            print(f"{self.desc}: {self.done}/{self.total} {self.unit}s  {rate:.3g}/s  ETA {_clock(eta)}  {shown}".rstrip(), flush=True)
+            print(line_of(self.desc, row, f"{self.unit}s"), flush=True)
         if self.log is not None:
-            row = {"time": time.time(), "step": self.done, "total": self.total, "rate": round(rate, 4), "eta_s": round(min(eta, 1e9), 1)}
-            self.log.write(json.dumps(row | self.values) + "\n")
+            self.log.write(json.dumps(row | {"rate": round(rate, 4), "eta_s": round(min(eta, 1e9), 1)}) + "\n")
             self.log.flush()
 
     def __enter__(self) -> "Progress":
@@ -73,6 +74,13 @@ class Progress:
             self.bar.close()
         if self.log is not None:
             self.log.close()
+
+
+def line_of(desc: str, row: dict[str, float], units: str = "") -> str:
+    """A row of progress.jsonl in words: step of total, rate, time left, and its values."""
+    values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ROW)
+    done = f"{row['step']}/{row['total']} {units}".rstrip()
+    return f"{desc}: {done}  {row['rate']:.3g}/s  ETA {_clock(row['eta_s'])}  {values}".rstrip()
 
 
 def _clock(seconds: float) -> str:

@@ -41,6 +41,11 @@ class Stage:
 CODE = ("data", "model", "training", "runtime", "orchestration")
 
 
+def overlap(a: str, b: str) -> bool:
+    """Whether two paths are one, or one lies inside of the other."""
+    return a == b or a.startswith(b.rstrip("/") + "/") or b.startswith(a.rstrip("/") + "/")
+
+
 def look_up(params: dict[str, Any], dotted: str) -> Any:
     """Value at `a.b.c`.
 

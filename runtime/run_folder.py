@@ -14,7 +14,9 @@ SCORES = "scores.json"  # held-out loss of each checkpoint that was asked, by it
 REGISTERED = "registered"  # names of checkpoints that must stay, one a line
 SPOOL = "tracking.jsonl"  # what is logged, on its way to MLflow
 NOTE = "mlflow.json"  # the MLflow run, and how many bytes of the spool have arrived there
-ENDED = "ended.json"  # state, error and time, written when the command ends; absent while it runs and after a SIGKILL
+ENDED = (
+    "ended.json"  # state, error, time, and seconds of a finished command; written when it ends, absent while it runs and after a SIGKILL
+)
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -25,13 +27,18 @@ def run_folders(root: Path) -> list[Path]:
 
 def writer_of(folder: Path) -> int | None:
     """The process that holds the folder's lock (0 if it has not said its number yet); None if nobody does."""
+    return holder_of(folder / "lock")
+
+
+def holder_of(path: Path) -> int | None:
+    """The same of any lock file that its holder writes its number into."""
     try:
-        with open(folder / "lock") as lock:
+        with open(path) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, for an instant: readers don't disturb each other
             except OSError:
                 return int(lock.read().strip() or 0)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     return None
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime import exits
-from runtime.files import publish_folder, sha256_file, sha256_json, sha256_path, sweep_stale, write_json
+from runtime.files import publish_folder, sha256_json, sha256_path, sweep_stale, write_json
 from runtime.notices import told
 from runtime.params import STAGES, Params, ParamsError, check_params, parse_params
 from runtime.recipe import Stage, load_stages, look_up
+from runtime.recorded import check_inputs
 
+DAGSTER_RUN = "DEEPGEN_DAGSTER_RUN"  # environment of a stage command that Dagster started: the id of its run
 CHAMPION = "outputs/champion"  # a copy of registered weights that SFT may start from; no stage makes it
 
 
@@ -105,10 +107,11 @@ class StageRun:
             os.replace(temporary, self.out)
 
 
-def open_run_folder(root: Path, stage: Stage, digests: dict[str, str], locked: bool = True) -> tuple[Path, IO[str]]:
+def open_run_folder(root: Path, stage: Stage, digests: dict[str, str], values: dict[str, Any], locked: bool = True) -> tuple[Path, IO[str]]:
     """`outputs/runs/<stage>/<fingerprint>/` with an exclusive lock held by the returned handle (by rank 0 for all ranks).
 
     The same params, inputs and code give the same fingerprint, and so the same folder to go on in; anything else gives another.
+    `values` is the whole of params.yaml, kept beside the digests for whoever compares runs later.
     """
     fingerprint = sha256_json({"stage": stage.name} | digests)[:16]
     folder = root / "outputs" / "runs" / stage.name.replace("@", "/") / fingerprint
@@ -127,7 +130,7 @@ def open_run_folder(root: Path, stage: Stage, digests: dict[str, str], locked: b
     lock.write(str(os.getpid()))
     lock.flush()
     sweep_stale(folder)
-    write_json(folder / "run.json", {"stage": stage.name, "fingerprint": fingerprint, "digests": digests})
+    write_json(folder / "run.json", {"stage": stage.name, "fingerprint": fingerprint, "digests": digests, "params": values})
     return folder, lock
 
 
@@ -150,7 +153,9 @@ def begin_stage(root: Path, name: str, stop: exits.StopRequest) -> Iterator[Stag
     if name not in stages:
         raise ParamsError(f"{name}: no such stage in dvc.yaml; allowed: {', '.join(stages)}")
     digests = stage_digests(root, stages[name], values)
-    folder, lock = open_run_folder(root, stages[name], digests, locked=rank() == 0)
+    if rank() == 0:
+        check_inputs(root, stages[name], stages)
+    folder, lock = open_run_folder(root, stages[name], digests, values, locked=rank() == 0)
     with lock:
         run = StageRun(root, stages[name], params, values, digests, folder, stop)
         with told(root, name, folder, params.notices, on_finish=name in STAGES) if rank() == 0 else contextlib.nullcontext():
@@ -166,6 +171,7 @@ def guard(name: str) -> Iterator[None]:
         InputsChanged: exits.INPUTS_CHANGED,
         Locked: exits.LOCKED,
         exits.Interrupted: exits.INTERRUPTED,
+        exits.Unreachable: exits.UNREACHABLE,
         exits.Plain: exits.FAILED,
         FileNotFoundError: exits.FAILED,
     }
@@ -201,10 +207,26 @@ PICTURE_BYTES = 150_000
 
 
 def picture_markdown(path: Path) -> str:
-    """A PNG as markdown that Dagster's page shows: base64 up to 150 kB (event bodies stay in its database), else its place."""
+    """A PNG as markdown that Dagster's page shows. What has more than 150 kB is made smaller: event bodies stay in its database."""
     import base64
 
     content = path.read_bytes()
+    note = ""
     if len(content) > PICTURE_BYTES:
-        return f"`{path.name}` ({len(content) // 1000} kB), sha256 {sha256_file(path)[:12]}: too large to show here"
-    return f"![{path.stem}](data:image/png;base64,{base64.b64encode(content).decode()})"
+        note = f"\n\nmade smaller; whole ({len(content) // 1000} kB) in `{path}`"
+        content = _smaller(content)
+    return f"![{path.stem}](data:image/png;base64,{base64.b64encode(content).decode()}){note}"
+
+
+def _smaller(content: bytes) -> bytes:
+    import io
+
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    while len(content) > PICTURE_BYTES:
+        image = image.resize((max(1, image.width * 4 // 5), max(1, image.height * 4 // 5)), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        image.quantize(128).save(file, "png", optimize=True)
+        content = file.getvalue()
+    return content

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from runtime.exits import Plain
+from runtime.exits import Plain, Unreachable
 
 BLOCK = 1 << 22  # bytes a read
 
 
 class StoreError(Plain):
     """A store can't be opened, written or read; the message names the URL and what to install or set."""
+
+
+class StoreUnreachable(StoreError, Unreachable):
+    """A store that could be opened did not do as asked; the next time it may."""
 
 
 class Store:
@@ -128,7 +132,7 @@ class Store:
         except (FileNotFoundError, StoreError):
             raise
         except Exception as error:
-            raise StoreError(
+            raise StoreUnreachable(
                 f"{self.url(name)}: {type(error).__name__}: {error}. Check the network, the credentials of this machine, and data.store."
             ) from error
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.faults import clone, outputs_of, stop_in
 
@@ -64,11 +65,25 @@ def test_dvc_has_nothing_to_do_after_the_run(finished: Path):
     assert json.loads(status.stdout or "{}") == {}, status.stdout
 
 
+def test_dvc_shows_scores_losses_rewards_and_pictures(finished: Path, tmp_path: Path):
+    shown = json.loads(run(finished, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    for stage in ("alignment", "sft", "mr_grpo"):
+        assert shown[f"outputs/evaluation/{stage}/metrics.json"]["data"]["text_to_image"]["n"] > 0
+        assert shown[f"outputs/{stage}/metrics.json"]["data"]["steps"] > 0
+    done = run(finished, "dvc", "plots", "show", "--out", str(tmp_path))
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    page = (tmp_path / "index.html").read_text()
+    assert "loss by step" in page and "reward by step" in page
+    assert any("accuracy" in picture.name for picture in (tmp_path / "static").iterdir())
+
+
 def test_dvc_repro_in_another_clone_gives_the_same_bytes_everywhere(finished: Path, tmp_path: Path):
     other = clone(tmp_path / "other")
     done = run(other, "dvc", "repro")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert outputs_of(other) == outputs_of(finished)
+    locks = [yaml.safe_load((root / "dvc.lock").read_text()) for root in (other, finished)]
+    assert locks[0] == locks[1], "the same but for the order in which the stages ran"
 
 
 def test_the_champion_draws_edits_and_is_the_registered_model_loaded_elsewhere(finished: Path, tmp_path: Path):

@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("--rates", type=Path, help="JSON with measured rates, as --measure writes it; the others are assumed")
     estimate.add_argument("--image-size", type=int, help="pixels a side; by default data.image_size")
     estimate.add_argument("--prompt-tokens", type=int, default=128, help="text tokens of a prompt with its template")
+    estimate.add_argument("--json", type=Path, metavar="FILE", help="the figures as a file too")
     estimate.add_argument("--measure", action="store_true", help="time some steps of this very model here and compare with the count")
     estimate.add_argument("--out", type=Path, help="with --measure: where the measured rates go")
     ablate = verbs.add_parser(

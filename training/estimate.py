@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,10 @@ def estimate_stage(
     ]
     kept = "4 B + 2 B of a bf16 copy" if width == 2 else "4 B"
     divided = {"ddp": "nothing divided", "zero2": "gradients, moments / ranks", "fsdp2": "all / ranks, two blocks gathered"}
+    kept_bytes = 3 * FP32 * weights.trained + (FP32 * weights.trained if memory["ddp"].average else 0)
+    folders = getattr(params, stage).keep_checkpoints + 1
+    disk = folders * kept_bytes + FP32 * (weights.frozen + weights.trained)
+    rows.append(row("disk", disk / 1e9, "GB", f"{folders} checkpoints of trained weights, moments and average, and one whole model"))
     for name, held in memory.items():
         parts = {"weights": held.weights, "gradients": held.gradients, "moments": held.moments, "average": held.average}
         shown = " + ".join(f"{part} {value / GIB:.3g}" for part, value in (parts | {"activations": held.activations}).items() if value)
@@ -334,4 +338,7 @@ def run_estimate(params: Params, arguments: argparse.Namespace) -> None:
         f"{gpu.bandwidth / 1e12:.4g} TB/s each, as published; images of {params.data.image_size} pixels a side\n"
     )
     print_rows(rows, rates)
+    if arguments.json:
+        price = rates.get("price_per_gpu_hour", ASSUMED["price_per_gpu_hour"].value)
+        write_json(arguments.json, {"gpu": arguments.gpu, "gpus": gpus, "price_per_gpu_hour": price, "rows": [asdict(row) for row in rows]})
     print(f"\nall stages: {hours:,.3g} h, {hours * gpus:,.4g} GPU-h")

@@ -13,15 +13,16 @@ from runtime.files import read_json, sha256_json, tensors_digest, write_json
 from runtime.progress import Progress
 from runtime.stage import StageRun
 from training.batching import batched
-from training.pictures import edit_captions, edit_row, save_grid
+from training.pictures import edit_captions, edit_row, save_grid, save_scores
 from training.scoring import Scored, facts, score, summarize
 from training.tracking import track
 
 SHOWN = 24  # samples a task whose pictures are kept
+WORST = 12
 
 
 def run_evaluation(run: StageRun, stage: str) -> None:
-    """Write `outputs/evaluation/<stage>/`: metrics.json, gates.json, samples.json, images/, and a grid a part."""
+    """Write `outputs/evaluation/<stage>/`: metrics.json, gates.json, samples.json, images/, scores.png, and two grids a task."""
     torch.set_num_threads(run.params.launch.threads)
     config = run.params.evaluation
     model_folder = run.root / "outputs" / stage / "model"
@@ -43,6 +44,11 @@ def run_evaluation(run: StageRun, stage: str) -> None:
                 save_images(shown, folder / "images")
                 save_scored_grid(shown, folder / f"{samples[0].task}.png")
                 pictures[samples[0].task] = run.out / f"{samples[0].task}.png"
+                if wrong := worst(scored):
+                    save_scored_grid(wrong, folder / f"worst_{samples[0].task}.png")
+                    pictures[f"worst of {samples[0].task}"] = run.out / f"worst_{samples[0].task}.png"
+        save_scores(metrics, run.params.gates.floors, folder / "scores.png")
+        pictures = {"scores": run.out / "scores.png"} | pictures
         evaluation_set = {part: read_json(shards / part / "manifest.json")["dataset_id"] for part in config.parts}
         gates: dict[str, Any] = {
             "model_digest": tensors_digest(model_folder),
@@ -67,6 +73,12 @@ def run_evaluation(run: StageRun, stage: str) -> None:
         kinds = "  ".join(f"{kind} {value['strict']:.2f}" for kind, value in row["kinds"].items())
         low, high = row["interval_95"]
         print(f"{stage} {task}: {row['strict']:.3f} strict, 95% [{low:.3f}, {high:.3f}], n {row['n']}  {kinds}", flush=True)
+
+
+def worst(scored: list[Scored]) -> list[Scored]:
+    """Wrong ones, those first of which least is right."""
+    wrong = [row for row in scored if not row.strict]
+    return sorted(wrong, key=lambda row: sum(row.parts.values()) / max(1, len(row.parts)))[:WORST]
 
 
 def save_images(scored: list[Scored], folder: Path) -> None:

@@ -71,7 +71,7 @@ def run_mr_grpo(run: StageRun) -> None:
         remember_start(run, model)
         state = train(run, accelerator, model, tracker)
         if rank() == 0:
-            publish_stage(run, STAGE, model, state.history, tracker)
+            publish_stage(run, STAGE, model, state, tracker)
         accelerator.wait_for_everyone()
 
 

@@ -1,11 +1,14 @@
 """Pictures people look at: grids of images, and curves. PNG bytes depend on the content alone."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from runtime.files import write_atomic
 
 CAPTION = 14
 
@@ -24,8 +27,9 @@ def save_grid(rows: Sequence[Sequence[np.ndarray]], path: Path, captions: Sequen
             sheet.paste(ImageOps.contain(Image.fromarray(image), (width, height), Image.Resampling.NEAREST), place)
             if captions:
                 draw.text((place[0] + 1, place[1] + height + 1), fitted(captions[r][c], width, font), fill=(30, 30, 30), font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(128).save(path, optimize=True)
+    file = io.BytesIO()
+    sheet.quantize(128).save(file, format="png", optimize=True)
+    write_atomic(path, file.getvalue())  # a board is looked at while the stage runs
 
 
 def edit_row(references: Sequence[np.ndarray], image: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
@@ -60,10 +64,34 @@ def save_curves(history: Sequence[dict[str, float]], names: Sequence[str], path:
     plt.close(figure)
 
 
+def save_scores(metrics: dict[str, Any], floors: dict[str, float], path: Path) -> None:
+    """A panel a task: the share that is strictly right, of all and by kind, with 95% intervals; a line where the task's floor is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 3.4), layout="constrained", squeeze=False)
+    for axes, (task, row) in zip(panels[0], metrics.items(), strict=True):
+        shares = {"all": row} | row["kinds"]
+        heights = [one["strict"] for one in shares.values()]
+        spans = [
+            [height - one["interval_95"][0], one["interval_95"][1] - height] for height, one in zip(heights, shares.values(), strict=True)
+        ]
+        axes.bar(list(shares), heights, yerr=np.clip(np.transpose(spans), 0, None), color=["#4f7fd9"] + ["#9db2d9"] * len(row["kinds"]))
+        if task in floors:
+            axes.axhline(floors[task], color="#c8574b", linestyle="--", label=f"floor {floors[task]:g} for all")
+            axes.legend(frameon=False)
+        axes.set(title=f"{task}, n {row['n']}", ylabel="strictly right", ylim=(0, 1.02))
+        axes.tick_params(axis="x", rotation=45)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
 def draw_curves(axes: Any, history: Sequence[dict[str, float]], names: Sequence[str], title: str) -> None:
     """Each named series smoothed, and as it is behind that."""
     for name in names:
-        points = [(row["step"], row[name]) for row in history if name in row]
+        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         if points:
             steps, values = zip(*points, strict=True)
             (line,) = axes.plot(steps, _smooth(values), label=name)

@@ -1,22 +1,24 @@
 """The end of a training stage: a folder with the model, its numbers and its pictures, swapped in as one."""
 
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
+from data.mixture import task_counts
 from model.deepgen import DeepGen
 from model.lora import lora_targets
 from model.parts import parameter_report
 from model.weights import save_model
 from runtime.files import read_json, tensors_digest, write_json
 from runtime.stage import StageRun, rank
+from training.checkpoint import TrainState
 from training.pictures import save_curves
 from training.tracking import Tracker
 from training.validation import LOSS, STOPPED, draw_board, held_out_loss
 
 
-def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[dict[str, float]], tracker: Tracker) -> None:
+def publish_stage(run: StageRun, stage: str, model: DeepGen, state: TrainState, tracker: Tracker) -> None:
     """Write `outputs/<stage>/`: model/, metrics.json, history.json, curves.png, grid.png; report it to MLflow and Dagster."""
+    history = state.history
     folder = run.folder / "out"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -24,6 +26,9 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[d
     save_model(model, folder / "model")
     metrics: dict[str, Any] = {
         "steps": len(history),
+        "steps_skipped": state.guard.get("skipped", 0),
+        "samples_seen": state.data["global_sample"],
+        "samples_by_task": samples_by_task(run, stage, state),
         "parameters": read_json(run.folder / "parameters.json"),
         "held_out_loss": {"before": read_json(run.folder / "before.json"), "after": held_out_loss(run, model)},
     }
@@ -35,9 +40,11 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[d
             share = max(1, len(series) // 10)
             metrics |= {f"{name}_first": sum(series[:share]) / share, f"{name}_last": sum(series[-share:]) / share}
     write_json(folder / "metrics.json", metrics)
-    write_json(folder / "history.json", list(history))
-    drawn = ("loss", "loss_text_to_image", "loss_image_edit", LOSS, "reward", "reward_strict")
-    save_curves(history, [name for name in drawn if any(name in row for row in history)], folder / "curves.png", stage)
+    columns = {name for row in history for name in row}  # in each row, for DVC plots tables without holes alone
+    write_json(folder / "history.json", [{name: row.get(name) for name in columns} for row in history])
+    heads = sorted(name for name in columns if name.startswith("reward_"))
+    drawn = ["reward", *heads] if heads else ["loss", "loss_text_to_image", "loss_image_edit", LOSS]
+    save_curves(history, [name for name in drawn if name in columns], folder / "curves.png", stage)
     draw_board(run, model, folder / "grid.png")
     for picture in ("curves.png", "grid.png"):
         tracker.picture(folder / picture)
@@ -48,6 +55,12 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, history: Sequence[d
     shown = {"curves": run.out / "curves.png", "samples": run.out / "grid.png"}
     run.publish(folder)
     run.report(numbers | losses, shown)
+
+
+def samples_by_task(run: StageRun, stage: str, state: TrainState) -> dict[str, int]:
+    """How many samples of each task were read, those of skipped steps as well."""
+    mixture, size = read_json(run.root / "outputs" / "mixture" / f"{stage}.json"), state.data["batch_size"]
+    return {task: count * size for task, count in task_counts(mixture, state.data["global_sample"] // size).items()}
 
 
 def report_parameters(run: StageRun, model: DeepGen, tracker: Tracker) -> None:

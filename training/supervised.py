@@ -56,7 +56,7 @@ def run_supervised(run: StageRun, stage: str) -> None:
             model = reassembled(run, stage, state).to(accelerator.device)
         merge_lora(model)
         if rank() == 0:
-            publish_stage(run, stage, model, state.history, tracker)
+            publish_stage(run, stage, model, state, tracker)
         accelerator.wait_for_everyone()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import shutil
 import threading
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.environment import git_state
+from runtime.environment import git_state, installed_packages, packages_digest
 from runtime.exits import Interrupted
-from runtime.files import sha256_file, sha256_json, tensors_digest
+from runtime.files import sha256_file, tensors_digest
 from runtime.run_folder import claimed, step_of
-from runtime.stage import StageRun, rank
+from runtime.stage import DAGSTER_RUN, StageRun, rank
 from training.spool import Event, Sender, Spool
 from training.stages import parent_of
 
@@ -51,7 +52,7 @@ class Tracker:
         self.waiting = False
         if self.spool.size == 0:
             self._describe()
-        self.tag(**environment_tags(run))
+        self.tag(**environment_tags(run), **dagster_tags())
         self._add("status", status="RUNNING")
         self.flush()
 
@@ -59,6 +60,11 @@ class Tracker:
     def run_id(self) -> str | None:
         """None until the store has once answered."""
         return self.sender.run_id if self.active else None
+
+    @property
+    def experiment_id(self) -> str | None:
+        """None likewise."""
+        return (self.sender.experiment_id or None) if self.active else None
 
     def _remember(self, event: Event) -> None:
         if event["kind"] == "metrics":
@@ -202,7 +208,7 @@ def track(run: StageRun) -> Iterator[Tracker]:
         raise
     finally:
         tracker.end(status)
-    run.report({"mlflow_run_id": tracker.run_id})
+    run.report({"mlflow_run_id": tracker.run_id, "mlflow_experiment_id": tracker.experiment_id})
 
 
 @contextmanager
@@ -271,8 +277,13 @@ def attach(root: Path, folder: Path, files: Sequence[Path], place: str) -> None:
             logger.warning("MLflow can't be reached (%s): %s waits in %s", error, place, spool.path.relative_to(root))
 
 
+def dagster_tags() -> dict[str, str]:
+    """The run of Dagster that started this stage; nothing where DVC or a person did."""
+    return {"dagster.run_id": os.environ[DAGSTER_RUN]} if DAGSTER_RUN in os.environ else {}
+
+
 def environment_tags(run: StageRun) -> dict[str, str]:
-    """Which commit, and which packages: the lock's sha256, the versions that decide numbers, and one digest of all three."""
+    """Which commit, and which packages: the lock's sha256, the versions that decide numbers, and the digest of all that is installed."""
     import torch
 
     lock = run.root / "constraints.txt"
@@ -281,7 +292,7 @@ def environment_tags(run: StageRun) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    return git_state(run.root) | facts | {"environment_digest": sha256_json(facts)}
+    return git_state(run.root) | facts | {"environment_digest": packages_digest(installed_packages())}
 
 
 def parent_tags(run: StageRun) -> dict[str, str]:

@@ -196,7 +196,10 @@ def test_a_build_killed_at_random_moments_ends_with_the_same_bytes_and_nothing_e
     life = time.monotonic() - began
     assert stage.wait() == 0
     whole, names = digests(out), listed()
-    assert "manifest.json" in whole and whole.items() <= digests(built).items()
+    alone = digests(built)
+    manifest = json.loads(whole["manifest.json"])
+    assert manifest.pop("decoded") > 0 and manifest == json.loads(alone["manifest.json"]), "the stage says how many samples it read back"
+    assert whole.items() <= (alone | {"manifest.json": whole["manifest.json"]}).items()
     for turn in range(4):
         if turn % 2:
             shutil.rmtree(out, ignore_errors=True)

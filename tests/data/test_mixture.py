@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from data.config import MixtureConfig
-from data.mixture import TaskStream, cycle, permuted, resolve_mixture
+from data.mixture import TaskStream, cycle, part_counts, permuted, resolve_mixture, task_counts
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 97, 1009])
@@ -114,3 +114,16 @@ def test_a_task_that_no_part_feeds_is_refused_by_key(shards):
     config = MixtureConfig(seed=1, ratio={"image_edit": 1, "text_to_image": 1}, parts={"captions": 1, "edits": 0})
     with pytest.raises(ValueError, match=r"mixture\.sft: ratio\.image_edit is 1, but the weights of its image_edit parts sum to 0"):
         resolve_mixture("sft", config, shards)
+
+
+def test_counts_of_tasks_and_parts_are_those_of_the_stream_itself():
+    parts = [
+        {"part": name, "weight": weight, "samples": 50, "buckets": [{"bucket": "64x64", "samples": 50}], "removed": []}
+        for name, weight in (("captions", 3.0), ("words", 1.0))
+    ]
+    mixture = {"seed": 7, "ratio": {"image_edit": 1, "text_to_image": 2}, "tasks": {"image_edit": parts[:1], "text_to_image": parts}}
+    tasks = cycle(mixture)
+    for n in range(10):
+        seen = Counter(tasks[i % len(tasks)] for i in range(n))
+        assert task_counts(mixture, n) == {task: seen[task] for task in mixture["tasks"]}
+    assert part_counts(mixture, 400) == {"image_edit": {"captions": 400}, "text_to_image": {"captions": 300, "words": 100}}

@@ -9,7 +9,8 @@ import dagster as dg
 import pytest
 
 from orchestration.assets import asset_name, group_stages, upstream
-from orchestration.checks import check_shards, improved, not_finite
+from orchestration.data_checks import check_shards
+from orchestration.model_checks import improved, not_finite
 from orchestration.stage_process import StageFailed, command_of
 from runtime import exits
 from runtime.params import parse_params
@@ -98,14 +99,15 @@ def test_a_deleted_or_edited_output_is_made_again(with_shards: Toy):
 
 def test_a_shard_that_is_not_the_one_in_its_manifest_fails_the_check_by_name(with_shards: Toy):
     toy = with_shards
-    assert check_shards(toy.root)[0] == []
+    stage = toy.stages["shards@drawn_image_edit"]
+    assert check_shards(toy.root, stage)[0] == []
     shard = toy.root / "outputs" / "shards" / "drawn_image_edit" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"d", b"e", 1))
     with pytest.raises(ShardMismatch, match="drawn_image_edit/shard-000000.tar.*Rebuild"):
-        check_shards(toy.root)
+        check_shards(toy.root, stage)
     shard.unlink()
     with pytest.raises(ShardMismatch, match="missing"):
-        check_shards(toy.root)
+        check_shards(toy.root, stage)
 
 
 def test_params_that_change_before_the_commit_are_refused_and_the_output_is_kept(with_shards: Toy, monkeypatch: pytest.MonkeyPatch):

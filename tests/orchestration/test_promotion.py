@@ -1,19 +1,25 @@
 """Promotion measures for itself: whatever is missing, stale, edited, swapped or not a number, the champion stays."""
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from orchestration.approval import APPROVALS, approve
+from orchestration.cli import app
 from orchestration.config import GatesConfig
-from orchestration.promotion import GateFailed, check_gates, promote, read_history, rollback
-from orchestration.registry import CHALLENGER, CHAMPION, EXPORT, GATES, PREVIOUS, Registry, register_export
+from orchestration.evidence import GateFailed, check_gates
+from orchestration.journal import append_row, read_rows
+from orchestration.model_assets import build_rollback_job
+from orchestration.promotion import promote, rollback
+from orchestration.promotion_log import read_history
+from orchestration.registry import CHALLENGER, CHAMPION, EXPORT, GATES, PREVIOUS, NotRegistered, Untrusted, find_pickle
 from runtime.files import read_json, tensors_digest
 from tests.orchestration.conftest import Toy
+from tests.orchestration.promoting import NothingChanged, aliases, challenge, open_registry, refused, second_model, weights_of
 from tests.orchestration.toy import write_weights
 
 FLOORS = GatesConfig(floors={"text_to_image": 0.4}, regression_tolerance=0.05)
@@ -45,39 +51,77 @@ def test_a_challenger_may_lie_below_the_champion_by_the_tolerance_and_no_more():
     assert check_gates([gate(0.9)], FLOORS, {"image_edit": 0.5})[0] == ["image_edit: measured None, the champion has 0.5"]
 
 
-def second_model(toy: Toy, strict: float = 0.5, seed: float = 9.0) -> str:
-    """Other weights, evaluated, exported and recorded, as a second run would leave them; their digest."""
-    for folder in (toy.root / "outputs" / "mr_grpo" / "model", toy.root / EXPORT):
-        write_weights(folder / "dit" / "model.safetensors", [seed])
-    edit_gates(toy, model_digest=tensors_digest(toy.root / EXPORT), strict=strict)
-    record(toy)
-    return tensors_digest(toy.root / EXPORT)
+def test_a_metric_may_have_a_tolerance_of_its_own_if_it_has_a_floor():
+    own = GatesConfig(floors=FLOORS.floors, regression_tolerance=0.05, tolerances={"text_to_image": 0.2})
+    assert check_gates([gate(0.41)], own, {"text_to_image": 0.6})[0] == []
+    assert "more than 0.2 below" in check_gates([gate(0.4)], own, {"text_to_image": 0.61})[0][0]
+    with pytest.raises(ValidationError, match="names 'text_to_imge', which has no floor"):
+        GatesConfig(floors=FLOORS.floors, tolerances={"text_to_imge": 0.2})
 
 
-def edit_gates(toy: Toy, strict: float | None = None, **changes: Any) -> None:
-    evidence = read_json(toy.root / GATES) | changes
-    if strict is not None:
-        evidence["gates"] = [row | {"value": strict} for row in evidence["gates"]]
-    (toy.root / GATES).write_text(json.dumps(evidence))
+def test_no_floors_are_no_gates():
+    with pytest.raises(ValidationError, match="floors"):
+        GatesConfig(floors={})
 
 
-def record(toy: Toy) -> None:
-    toy.dvc.commit(toy.stages["evaluation@mr_grpo"])
+@pytest.mark.parametrize("value", [math.nan, None, "0.1"])
+def test_a_champion_whose_value_is_no_number_is_no_low_bar(value: Any):
+    assert "the champion has" in check_gates([gate(0.9)], FLOORS, {"text_to_image": value})[0][0]
 
 
-def challenge(toy: Toy) -> Registry:
-    register_export(toy.root, toy.params, toy.dvc)
-    return Registry.open(toy.root, toy.params)
+def test_a_gate_without_a_floor_is_a_finite_number_as_well():
+    assert check_gates([gate(0.9), gate(math.nan, "image_edit")], FLOORS, None)[0] == ["image_edit: measured nan, no finite number"]
 
 
-def refused(toy: Toy, words: str) -> None:
-    """Promotion refuses in these words, and nothing has moved."""
-    registry = Registry.open(toy.root, toy.params)
-    before, rows = registry.by_alias(CHAMPION), read_history(toy.root)
-    with pytest.raises(GateFailed, match=words):
-        promote(toy.root, toy.params, toy.dvc)
-    after = registry.by_alias(CHAMPION)
-    assert (before and before.version) == (after and after.version) and read_history(toy.root) == rows
+class TestJournal:
+    def test_rows_are_appended_and_what_was_written_is_never_touched(self, tmp_path: Path):
+        path = tmp_path / "journal.jsonl"
+        append_row(path, {"n": 1})
+        before = path.read_bytes()
+        append_row(path, {"n": 2})
+        assert path.read_bytes().startswith(before) and read_rows(path) == ([{"n": 1}, {"n": 2}], [])
+
+    def test_a_line_cut_by_a_kill_is_noticed_and_takes_no_later_row_with_it(self, tmp_path: Path):
+        path = tmp_path / "journal.jsonl"
+        append_row(path, {"n": 1})
+        torn = path.read_bytes() + b'{"n": 2, "x'
+        path.write_bytes(torn)
+        assert read_rows(path) == ([{"n": 1}], [2])
+        append_row(path, {"n": 3})
+        assert path.read_bytes().startswith(torn) and read_rows(path) == ([{"n": 1}, {"n": 3}], [2])
+
+    def test_a_number_that_json_has_no_name_for_is_not_written(self, tmp_path: Path):
+        with pytest.raises(ValueError):
+            append_row(tmp_path / "journal.jsonl", {"value": math.nan})
+        assert not (tmp_path / "journal.jsonl").exists()
+
+
+class TestPickles:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("unet.bin", b""),
+            ("optimizer.pt", b""),
+            ("python_model.pkl", b""),
+            ("last.ckpt", b""),
+            ("harmless.json", b"\x80\x05\x95"),
+            ("harmless.txt", b"PK\x03\x04"),
+            ("MLmodel", b"flavors: {python_function: {loader_module: mlflow.pyfunc.model, python_model: python_model.pkl}}"),
+            ("MLmodel", b"flavors: {python_function: {loader_module: mlflow.pyfunc.loaders.code_model, python_model: x.dat}}"),
+            ("MLmodel", b"flavors: {sklearn: {pickled_model: model.dat, serialization_format: cloudpickle}}"),
+            ("MLmodel", b"flavors: ["),
+        ],
+    )
+    def test_a_pickle_is_found_by_its_name_its_first_bytes_or_what_mlflow_is_told_to_load(self, tmp_path: Path, name: str, content: bytes):
+        (tmp_path / "inside").mkdir()
+        (tmp_path / "config.json").write_text("{}")
+        assert find_pickle(tmp_path) is None
+        (tmp_path / "inside" / name).write_bytes(content)
+        assert find_pickle(tmp_path) == f"inside/{name}"
+
+    def test_weights_whose_header_begins_as_a_pickle_does_are_none(self, tmp_path: Path):
+        (tmp_path / "model.safetensors").write_bytes(b"\x80\x02" + bytes(6))
+        assert find_pickle(tmp_path) is None
 
 
 @pytest.mark.slow
@@ -88,112 +132,100 @@ class TestWithARegistry:
         assert len(read_history(copy.root)) == 1
 
     def test_a_better_model_becomes_champion_and_a_rollback_returns(self, copy: Toy):
-        digest = second_model(copy, strict=0.6)
-        registry = challenge(copy)
-        done = promote(copy.root, copy.params, copy.dvc)
+        digest = second_model(copy, strict=0.625)
+        challenge(copy)
+        done = promote(copy.root, copy.params, copy.dvc, reason="it counts better")
         assert done.changed and done.model_digest == digest
-        assert (str(registry.by_alias(CHAMPION).version), str(registry.by_alias(PREVIOUS).version)) == ("2", "1")
-        assert [row["version"] for row in read_history(copy.root)] == ["1", "2"]
+        assert aliases(copy) == {CHALLENGER: "2", CHAMPION: "2", PREVIOUS: "1"}
         assert rollback(copy.root, copy.params).version == "1"
-        assert (str(registry.by_alias(CHAMPION).version), str(registry.by_alias(PREVIOUS).version)) == ("1", "2")
-        assert read_history(copy.root)[-1]["event"] == "rollback"
+        assert aliases(copy) == {CHALLENGER: "2", CHAMPION: "1", PREVIOUS: "2"}
+        assert rollback(copy.root, copy.params).version == "2", "a second one takes the first one back"
+        rows = read_history(copy.root)
+        assert [(row["event"], row["version"], row["previous"]) for row in rows] == [
+            ("promotion", "1", None),
+            ("promotion", "2", "1"),
+            ("rollback", "1", "2"),
+            ("rollback", "2", "1"),
+        ]
+        assert rows[0]["via"].startswith("dagster run ") and rows[1]["reason"] == "it counts better"
+        assert all(row["user"] and row["host"] and row["gates"] and row["files_digest"] for row in rows)
+
+    def test_a_rollback_is_a_button_too(self, copy: Toy):
+        second_model(copy)
+        challenge(copy)
+        promote(copy.root, copy.params, NothingChanged(copy.root))
+        config = {"ops": {"roll_back": {"config": {"reason": "it draws worse"}}}}
+        result = build_rollback_job(copy.root).execute_in_process(run_config=config)
+        row = read_history(copy.root)[-1]
+        assert (row["event"], row["version"], row["reason"]) == ("rollback", "1", "it draws worse") and row["via"].endswith(result.run_id)
+        (shown,) = result.asset_materializations_for_node("roll_back")
+        assert shown.asset_key.to_user_string() == CHAMPION and shown.metadata["version"].value == "1"
+
+    def test_a_rollback_refuses_a_version_whose_files_were_changed(self, copy: Toy):
+        second_model(copy)
+        registry = challenge(copy)
+        promote(copy.root, copy.params, NothingChanged(copy.root))
+        write_weights(weights_of(registry, "1"), [1.0, 2.0])
+        with pytest.raises(Untrusted, match="its files were changed"):
+            rollback(copy.root, copy.params)
+        registry.tag(registry.get("1"), {"model_digest": tensors_digest(weights_of(registry, "1").parent.parent)})
+        with pytest.raises(GateFailed, match="is not what was promoted"):
+            rollback(copy.root, copy.params)
+        assert aliases(copy)[CHAMPION] == "2" and len(read_history(copy.root)) == 2
 
     def test_a_worse_model_stays_challenger(self, copy: Toy):
-        second_model(copy, strict=0.3)
+        second_model(copy, strict=0.375)
         challenge(copy)
-        refused(copy, "text_to_image: 0.3 is more than 0.05 below the champion's 0.5")
+        refused(copy, "text_to_image: 0.375 is more than 0.05 below the champion's 0.5")
 
     def test_a_value_below_a_floor_names_metric_value_and_floor(self, copy: Toy):
         copy.edit("text_to_image: 0.0, image_edit: 0.0", "text_to_image: 0.7, image_edit: 0.0")
         refused(copy, "text_to_image: 0.5 is below its floor 0.7")
 
-    def test_missing_gates_are_no_pass(self, copy: Toy):
-        (copy.root / GATES).unlink()
-        refused(copy, "gates.json is missing")
-
-    def test_unreadable_gates_are_no_pass(self, copy: Toy):
-        (copy.root / GATES).write_text('{"gates": 1}')
-        refused(copy, "can't be read")
-
-    def test_edited_gates_are_noticed(self, copy: Toy):
-        edit_gates(copy, strict=0.99)
-        refused(copy, "is not what dvc.lock recorded")
-
-    def test_nan_that_was_recorded_is_no_pass(self, copy: Toy):
-        edit_gates(copy, strict=math.nan)
-        record(copy)
-        refused(copy, "measured nan")
-
-    def test_gates_of_other_weights_are_no_pass(self, copy: Toy):
-        edit_gates(copy, model_digest="0" * 64)
-        record(copy)
-        refused(copy, "measured on weights 000000000000")
-
-    def test_swapped_weights_are_noticed_in_the_registry_and_in_the_check(self, copy: Toy):
-        registry = Registry.open(copy.root, copy.params)
-        write_weights(registry.pipeline_folder(registry.by_alias(CHALLENGER)) / "dit" / "model.safetensors", [1.0, 2.0])
-        refused(copy, "its files were changed")
-
-    def test_another_evaluation_set_than_the_measured_one_is_no_pass(self, copy: Toy):
-        copy.edit("parts: [evaluation_text_to_image, evaluation_image_edit]", "parts: [evaluation_text_to_image]")
-        refused(copy, "on evaluation set")
-
-    def test_a_damaged_evaluation_shard_is_no_pass(self, copy: Toy):
-        shard = copy.root / "outputs" / "shards" / "evaluation_image_edit" / "shard-000000.tar"
-        shard.write_bytes(shard.read_bytes()[:-1])
-        refused(copy, "can't be trusted")
-
     def test_without_a_challenger_there_is_nothing_to_promote(self, copy: Toy):
-        Registry.open(copy.root, copy.params).client.delete_registered_model_alias("deepgen", CHALLENGER)
+        open_registry(copy).client.delete_registered_model_alias("deepgen", CHALLENGER)
         refused(copy, "there is no challenger")
 
-    def test_an_alias_moved_by_hand_shows_as_a_failing_check(self, copy: Toy):
-        from orchestration.model_assets import champion_was_gated
-
-        assert champion_was_gated(copy.root).passed
-        second_model(copy)
-        registry = challenge(copy)
-        registry.client.set_registered_model_alias("deepgen", CHAMPION, "2")
-        assert not champion_was_gated(copy.root).passed
-
     def test_a_version_says_what_made_it(self, finished: Toy):
-        version = Registry.open(finished.root, finished.params).by_alias(CHAMPION)
+        version = open_registry(finished).by_alias(CHAMPION)
         assert version.tags["model_digest"] == tensors_digest(finished.root / EXPORT)
         assert version.tags["evaluation_set_digest"] == read_json(finished.root / GATES)["evaluation_set_digest"]
         assert version.tags["dvc.sft"] == finished.dvc.recorded()["sft"]
         assert len(version.tags["git_commit"]) == 40 and version.tags["git_dirty"] in ("true", "false")
 
-    def test_six_racers_make_one_version_and_one_promotion(self, copy: Toy):
-        second_model(copy, strict=0.6)
-        code = (
-            "import sys, time; from pathlib import Path; root = Path(sys.argv[1])\n"
-            "from orchestration.dvc import DvcCommand; from orchestration.promotion import promote\n"
-            "from orchestration.registry import register_export; from runtime.params import load_params; import mlflow\n"
-            "(root / sys.argv[2]).touch()\n"
-            "while not (root / 'go').exists(): time.sleep(0.01)\n"
-            "params, dvc = load_params(root / 'params.yaml'), DvcCommand(root)\n"
-            "register_export(root, params, dvc); print(promote(root, params, dvc).changed)\n"
-        )
-        racers = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, str(copy.root), f"ready{i}"],
-                env=copy.environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i in range(6)
-        ]
-        wait_for_files([copy.root / f"ready{i}" for i in range(6)])
-        (copy.root / "go").touch()
-        results = [racer.communicate(timeout=180) for racer in racers]
-        assert [racer.returncode for racer in racers] == [0] * 6, "\n".join(error for _, error in results)
-        assert sorted(out.strip() for out, _ in results) == ["False"] * 5 + ["True"]
-        assert [str(version.version) for version in Registry.open(copy.root, copy.params).versions()] == ["2", "1"]
-        assert [row["version"] for row in read_history(copy.root)] == ["1", "2"]
 
+@pytest.mark.slow
+class TestApproval:
+    @pytest.fixture
+    def waiting(self, copy: Toy) -> Toy:
+        """Version 2 passes every gate, and params.yaml asks for a person's word."""
+        second_model(copy)
+        challenge(copy)
+        copy.edit("require_approval: false", "require_approval: true")
+        return copy
 
-def wait_for_files(paths: list[Path]) -> None:
-    from tests.orchestration.conftest import wait_until
+    def test_without_one_nothing_is_promoted_and_with_one_the_log_says_whose(self, waiting: Toy, monkeypatch: pytest.MonkeyPatch):
+        refused(waiting, "nobody approved weights .*deepgen approve 2 --by NAME")
+        monkeypatch.chdir(waiting.root)
+        done = CliRunner().invoke(app, ["approve", "2", "--by", "Ada", "--reason", "looked at all pictures"])
+        assert done.exit_code == 0 and "approved by Ada" in done.output, done.output
+        assert promote(waiting.root, waiting.params, waiting.dvc).version == "2"
+        approval = read_history(waiting.root)[-1]["approval"]
+        assert (approval["by"], approval["reason"]) == ("Ada", "looked at all pictures")
 
-    wait_until(lambda: all(path.exists() for path in paths), 120, "the racers")
+    def test_one_of_other_weights_or_of_another_evaluation_set_does_not_count(self, waiting: Toy):
+        dvc = NothingChanged(waiting.root)
+        approve(waiting.root, waiting.params, dvc, "2", by="Ada")
+        (row,), _ = read_rows(waiting.root / APPROVALS)
+        (waiting.root / APPROVALS).unlink()
+        for other in ({"model_digest": "0" * 64}, {"evaluation_set_digest": "0" * 64}):
+            append_row(waiting.root / APPROVALS, row | other)
+        refused(waiting, "nobody approved", dvc)
+
+    def test_what_was_not_measured_or_is_not_there_is_not_approved(self, waiting: Toy):
+        dvc = NothingChanged(waiting.root)
+        with pytest.raises(GateFailed, match="measured on weights"):
+            approve(waiting.root, waiting.params, dvc, "1", by="Ada")
+        with pytest.raises(NotRegistered, match="no version 7; there are: 1, 2"):
+            approve(waiting.root, waiting.params, dvc, "7", by="Ada")
+        assert not (waiting.root / APPROVALS).exists()

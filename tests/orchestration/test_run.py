@@ -82,6 +82,15 @@ def test_sigkill_of_the_run_leaves_no_orphan_and_the_next_run_goes_on(with_shard
     assert stop(again) == exits.INTERRUPTED
 
 
+def test_ctrl_c_is_heard_while_a_killed_stage_waits_for_its_next_try(with_shards: Toy):
+    toy = with_shards
+    run = toy.start("run", TOY_KILL="alignment")
+    toy.wait_for("Tried again in 30 s, 1 of 2.", 240)
+    assert stop(run) == exits.INTERRUPTED
+    assert "interrupted; finished parts are kept" in toy.log
+    assert "alignment: from step 2" not in toy.log, "there was no next try"
+
+
 def saved_step(toy: Toy) -> int:
     """What the interrupted alignment stage saved."""
     (state,) = (toy.root / "outputs" / "runs" / "alignment").glob("*/step.json")

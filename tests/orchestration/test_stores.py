@@ -2,45 +2,19 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.cold_start import open_at_once, problems_of
 from runtime.mlflow_store import open_store
-from tests.orchestration.conftest import Toy
-
-COLD_START = """
-import sys, time
-from pathlib import Path
-root = Path(sys.argv[1])
-while not (root / "go").exists():
-    time.sleep(0.01)
-from orchestration.stores import init_stores
-init_stores(root)
-import dagster as dg
-from mlflow import MlflowClient
-from runtime.mlflow_store import open_store
-with dg.DagsterInstance.get() as instance:
-    instance.get_runs()
-    instance.event_log_storage.get_pool_limits()
-client = MlflowClient(open_store(root))
-client.log_metric(client.create_run(client.get_experiment_by_name("deepgen").experiment_id).info.run_id, "x", 1.0)
-"""
 
 
 @pytest.mark.slow
-def test_four_processes_on_a_fresh_home_all_succeed_and_leave_it_usable(toy: Toy):
-    processes = [
-        subprocess.Popen([sys.executable, "-c", COLD_START, str(toy.root)], env=toy.environment(), stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    (toy.root / "go").write_text("")
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, "\n".join(errors)
-    again = subprocess.run([sys.executable, "-c", COLD_START, str(toy.root)], env=toy.environment(), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+def test_four_processes_on_a_fresh_home_all_succeed_and_leave_it_usable(tmp_path: Path):
+    assert open_at_once(tmp_path, 4) == [""] * 4
+    assert open_at_once(tmp_path, 1) == [""]
+    assert problems_of(tmp_path, runs=5) == []
 
 
 @pytest.mark.slow

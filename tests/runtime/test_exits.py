@@ -6,6 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from runtime import exits
+from runtime.stage import guard
+from runtime.store import Store, StoreError, StoreUnreachable
+
 REPO = Path(__file__).parents[2]
 STAGE = """
 import time
@@ -71,3 +77,17 @@ def test_a_signal_after_the_work_does_not_change_its_exit_code():
         process.send_signal(signal.SIGTERM)
         process.communicate()
         assert process.returncode == code
+
+
+@pytest.mark.parametrize(("error", "code"), [(StoreUnreachable, exits.UNREACHABLE), (StoreError, exits.FAILED)])
+def test_a_store_that_does_not_answer_is_told_from_one_that_can_not_be_used(error: type[Exception], code: int):
+    with pytest.raises(SystemExit) as ended, guard("shards@part"):
+        raise error("s3://bucket: no answer")
+    assert ended.value.code == code
+
+
+def test_a_store_that_fails_under_way_is_one_that_did_not_answer(tmp_path: Path):
+    store = Store(f"file://{tmp_path}")
+    (tmp_path / "a.tar").mkdir()  # can't be read as a file
+    with pytest.raises(StoreUnreachable, match="a.tar"):
+        store.read("a.tar", 0, 1)
