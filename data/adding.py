@@ -9,14 +9,13 @@ from typing import Any
 import yaml
 
 from data.build import build_part
-from data.config import DataConfig, PartConfig, SourceKind, Task
+from data.config import LANDED, DataConfig, PartConfig, SourceKind, Task
 from data.loader import read_part
 from data.pictures import save_facts, save_samples
 from data.pinning import content_digest
 from runtime.exits import Plain
 from runtime.files import write_atomic
 
-LANDED = "_SUCCESS"  # the marker of a snapshot that was copied whole
 TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 

@@ -21,6 +21,7 @@ from runtime.settings import Settings
 Task = Literal["text_to_image", "image_edit"]
 Split = Literal["train", "validation", "evaluation"]
 PartName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]  # it names a folder and a DVC stage
+LANDED = "_SUCCESS"  # the marker of a snapshot that was copied whole
 
 SourceKind = Literal["drawn", "t2i_pretrain_json", "t2i_sft_json", "edit_json", "folder", "table", "webdataset", "hugging_face"]
 RecordField = Literal["prompt", "image", "references", "kind", "reasoning", "render_text", "negative_prompt", "url", "attribution"]

@@ -93,10 +93,6 @@ class DvcCommand:
             self._survey = (time.monotonic(), changes)
         return cast(dict[str, list[Any]], changes)
 
-    def changed_outs(self, name: str) -> dict[str, str]:
-        """Outputs of a stage that are not what was recorded, with how they differ (modified, deleted, not in cache)."""
-        return {path: how for entry in self.changes(name) if isinstance(entry, dict) for path, how in entry.get("changed outs", {}).items()}
-
     def commit(self, stage: Stage) -> None:
         """Record the stage's inputs and outputs in dvc.lock, and its outputs in the cache."""
         self.record(stage.name)

@@ -14,12 +14,12 @@ from typing import Any
 
 import dagster as dg
 
+from data.config import LANDED
 from orchestration.pipeline_run import AlreadyRunning, in_progress, only_one
 from runtime.files import folder_files, sha256_bytes, sha256_file, sha256_json
 from runtime.params import Params, load_params
 
 LAND = "land"
-MARKER = "_SUCCESS"
 SNAPSHOT_TAG = "deepgen/snapshot"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 WHOLE_BYTES, EDGE_BYTES = 64 * 2**20, 2**20
@@ -52,8 +52,8 @@ def look_at_landing(root: Path, params: Params, before: dict[str, dict[str, Any]
     for folder in _folders(landing):
         part = folder.name
         snapshots = [entry for entry in _folders(folder) if NAME.fullmatch(entry.name)]
-        whole = [entry for entry in snapshots if (entry / MARKER).is_file()]
-        words += [f"{part}/{entry.name}: no {MARKER} yet" for entry in snapshots if entry not in whole]
+        whole = [entry for entry in snapshots if (entry / LANDED).is_file()]
+        words += [f"{part}/{entry.name}: no {LANDED} yet" for entry in snapshots if entry not in whole]
         if not whole:
             continue
         newest, seen = whole[-1], before.get(part, {})

@@ -18,7 +18,7 @@ from orchestration.dvc import DvcCommand
 from orchestration.stores import init_stores
 from runtime import exits
 from runtime.params import Params, load_params
-from runtime.run_folder import run_folders, writer_of
+from runtime.run_folder import holder_of, run_folders, writer_of
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -173,24 +173,11 @@ def only_one(root: Path) -> Iterator[None]:
         yield
 
 
-def run_in_progress(root: Path) -> int | None:
-    """The process that holds the clone's run lock; None if nobody does."""
-    try:
-        with open(root / "outputs" / "run.lock") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return int(handle.read().strip() or 0)
-    except FileNotFoundError:
-        pass
-    return None
-
-
 def in_progress(root: Path, instance: "dg.DagsterInstance") -> str | None:
     """What works on this clone, in words: another `deepgen run`, a run of Dagster, a stage that `dvc repro` started; None if none."""
     import dagster as dg
 
-    pid = run_in_progress(root)
+    pid = holder_of(root / "outputs" / "run.lock")
     if pid not in (None, os.getpid()):
         return f"`deepgen run` is at work (process {pid})"
     bury_dead_runs(instance)

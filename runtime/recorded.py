@@ -56,10 +56,11 @@ def md5_of(path: Path) -> str:
 
 def differing_outputs(root: Path, stages: Iterable[str]) -> dict[str, str]:
     """Path -> its stage, for those outputs of recorded stages that are there and hold other bytes than dvc.lock says."""
-    recorded = recorded_outputs(root)
+    names = list(stages)
+    recorded = recorded_outputs(root) if names else {}  # of thousands of parts, which read nothing, none reads the long lock either
     return {
         path: name
-        for name in stages
+        for name in names
         for path, md5 in recorded.get(name, {}).items()
         if (root / path).exists() and md5_of(root / path) != md5
     }
