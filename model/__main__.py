@@ -57,17 +57,9 @@ def summarise(arguments: argparse.Namespace) -> None:
 
 
 def check_reference(arguments: argparse.Namespace) -> None:
-    from model.reference import check_file
+    from model.reference import check_file, print_agreements
 
-    failed = 0
-    print(f"{'file':<34} {'case':<8} {'output':<22} {'max error':>10} {'allowed':>10}")
-    for path in arguments.files:
-        for row in check_file(path):
-            failed += not row.holds
-            mark = "" if row.holds else "  DIFFERS"
-            print(f"{path.name:<34} {row.case:<8} {row.output:<22} {row.error:>10.2e} {row.allowed:>10.2e}{mark}", flush=True)
-    if failed:
-        sys.exit(f"{failed} outputs differ from the reference by more than is allowed")
+    print_agreements(arguments.files, check_file)
 
 
 def adopt_published(arguments: argparse.Namespace) -> None:

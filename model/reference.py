@@ -5,7 +5,8 @@ A file holds `weights.*` in published names, inputs and outputs of cases, and th
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,14 @@ class Golden:
         with safe_open(path, "pt") as file:
             self.facts: dict[str, Any] = json.loads(file.metadata()["json"])
             self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.weights = self._under("weights.")
+        self.weights = self.under("weights.")
         self.cases = sorted({int(found[1]) for name in self.tensors if (found := re.match(r"case(\d+)\.", name))})
 
     def case(self, number: int) -> dict[str, Tensor]:
-        return self._under(f"case{number}.")
+        return self.under(f"case{number}.")
 
-    def _under(self, prefix: str) -> dict[str, Tensor]:
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, without it."""
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
@@ -58,6 +60,19 @@ def compare(case: str, output: str, ours: Tensor, theirs: Tensor) -> Agreement:
     """Shapes that differ are an infinite error."""
     error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
     return Agreement(case, output, error, TOLERANCE * max(1.0, theirs.abs().max().item()))
+
+
+def print_agreements(files: Sequence[Path], check: Callable[[Path], Iterator[Agreement]]) -> None:
+    """A line an output of every case; exits with 1 where one differs by more than is allowed."""
+    failed = 0
+    print(f"{'file':<34} {'case':<12} {'output':<22} {'max error':>10} {'allowed':>10}")
+    for path in files:
+        for row in check(path):
+            failed += not row.holds
+            mark = "" if row.holds else "  DIFFERS"
+            print(f"{path.name:<34} {row.case:<12} {row.output:<22} {row.error:>10.2e} {row.allowed:>10.2e}{mark}", flush=True)
+    if failed:
+        sys.exit(f"{failed} outputs differ from the reference by more than is allowed")
 
 
 @torch.no_grad()

@@ -130,7 +130,11 @@ def check_budget(root: Path, params: Params, dvc: DvcCommand, among: Iterable[st
     Raises:
         OverBudget: naming each limit, what was predicted, what is allowed, and what to do.
     """
-    prediction = predict(root, params, stages_to_make(root, dvc, among))
+    return within_budget(predict(root, params, stages_to_make(root, dvc, among)), params)
+
+
+def within_budget(prediction: Prediction, params: Params) -> Prediction:
+    """The prediction, if it is within the budget of `params`; raises OverBudget as `check_budget` does."""
     if problems := over_budget(prediction, params):
         raise OverBudget("this run is refused before it starts:\n" + "\n".join(f"  {line}" for line in [*problems, prediction.total]))
     return prediction

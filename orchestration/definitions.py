@@ -9,6 +9,7 @@ from orchestration.alerts import build_failure_sensor
 from orchestration.assets import build_assets
 from orchestration.checks import build_checks
 from orchestration.dvc import DvcCommand
+from orchestration.experiment import build_experiment_job
 from orchestration.landing import build_landing
 from orchestration.model_assets import build_alias_sensor, build_model_assets, build_rollback_job
 from orchestration.pipeline_run import PIPELINE
@@ -44,7 +45,7 @@ def build_definitions(root: Path, dvc: DvcCommand | None = None) -> dg.Definitio
     return dg.Definitions(
         assets=[sources_asset(root, list(values["data"]["parts"])), *assets],
         asset_checks=checks,
-        jobs=[pipeline, retrain, build_rollback_job(root), *landing_jobs],
+        jobs=[pipeline, retrain, build_experiment_job(root, stages), build_rollback_job(root), *landing_jobs],
         schedules=[build_schedule(root, params, retrain)],
         sensors=[build_sensor(root, retrain), *landing_sensors, build_alias_sensor(root), build_failure_sensor(root)],
         resources={"stage_process": StageProcess(root), "dvc": dvc or DvcCommand(root)},

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from runtime.exits import Plain
 from runtime.recipe import Stage
+from runtime.recorded import recorded_outputs
 
 BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "Unable to acquire rwlock")
 WAITS = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries while another DVC command holds the clone
@@ -119,9 +118,7 @@ class DvcCommand:
 
     def recorded(self) -> dict[str, str]:
         """Stage name -> content hash of its first output, for every stage in dvc.lock."""
-        path = self.root / "dvc.lock"
-        stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {}) if path.is_file() else {}
-        return {name: entry["outs"][0]["md5"] for name, entry in stages.items() if entry.get("outs")}
+        return {name: next(iter(outs.values())) for name, outs in recorded_outputs(self.root).items() if outs}
 
     def _run(self, *arguments: str) -> str:
         command = [find_dvc(self.root), *arguments]

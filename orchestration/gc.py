@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import yaml
-
 from orchestration.registry import Registry
 from runtime.files import read_json
 from runtime.mlflow_store import locked
 from runtime.params import Params, parse_params
 from runtime.recipe import load_stages
+from runtime.recorded import recorded_paths
 from runtime.run_folder import (
     NOTE,
     SPOOL,
@@ -120,11 +119,8 @@ def _tag_of(registry: Registry, run_id: str, name: str) -> str | None:
 
 
 def _recorded(root: Path) -> Iterator[Path]:
-    lock = root / "dvc.lock"
-    stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}) if lock.is_file() else {}
-    for entry in stages.values():
-        for row in (*entry.get("deps", []), *entry.get("outs", [])):
-            yield (root / row["path"]).resolve()
+    for paths in recorded_paths(root).values():
+        yield from ((root / path).resolve() for path in paths)
 
 
 # --- run folders --------------------------------------------------------------------------------------------------------------------
@@ -200,6 +196,10 @@ def _leftovers(root: Path, oldest: float) -> Iterator[Garbage]:
     for path in sorted(outputs.glob("added/*")):
         if path.lstat().st_mtime < oldest:
             yield _garbage(path, "pictures of a look at data of one's own; `deepgen data add` draws them again")
+    for kind, whose in (("experiments", "the launchpad's job `experiment`"), ("reproduce", "`deepgen reproduce`")):
+        for path in sorted(outputs.glob(f"{kind}/*/")):
+            if (newest := _newest(path)) < oldest:
+                yield _garbage(path, f"a folder of {whose}, untouched for {_days(newest)} days")
 
 
 def _garbage(path: Path, reason: str) -> Garbage:

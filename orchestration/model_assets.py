@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from orchestration.comparison import side_by_side
 from orchestration.console import say
 from orchestration.dvc import DvcCommand
 from orchestration.promotion import promote, rollback
@@ -13,6 +14,7 @@ from orchestration.promotion_log import last_champions, why_ungated
 from orchestration.registry import CHALLENGER, CHAMPION, Registry, Untrusted, register_export
 from runtime.exits import Plain
 from runtime.params import STAGES, load_params
+from runtime.stage import picture_markdown
 
 EVALUATION = f"evaluation_{STAGES[-1]}"
 GATED = "it_passed_the_gates"
@@ -36,7 +38,9 @@ def challenger_asset(root: Path) -> dg.AssetsDefinition:
         params = load_params(root / "params.yaml")
         version, new = register_export(root, params, dvc)
         say(f"challenger: {version.name} version {version.version}" + ("" if new else ", registered before"))
+        pictures, beside = side_by_side(Registry.open(root, params), version)
         metadata: dict[str, Any] = {"version": str(version.version), "uri": f"models:/{version.name}@{CHALLENGER}", "cached": not new}
+        metadata |= {"compared": beside} | {title: dg.MetadataValue.md(picture_markdown(file)) for title, file in pictures.items()}
         return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(version.tags["model_digest"]))
 
     return run

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous_champion"
 EXPORT = Path("outputs/exports/diffusers")
 GATES = Path("outputs/evaluation") / STAGES[-1] / "gates.json"
+KEPT = "evaluation"  # the folder of GATES, among the artifacts of the run that registered a version
 REQUIREMENTS = ("torch", "transformers", "diffusers", "safetensors", "pydantic", "pyyaml", "numpy", "pillow", "einops", "peft")
 
 
@@ -107,10 +108,11 @@ class Registry:
         """
         name, _, alias = uri.removeprefix("models:/").partition("@")
         name, _, number = name.partition("/")
-        client = self.client
-        found = _if_present(lambda: client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number))
+        if name != self.name:
+            raise NotRegistered(f"{uri}: the model of this project is {self.name} (registry.model_name in params.yaml), not {name}.")
+        found = self.by_alias(alias) if alias else self.get(number)
         if found is None:
-            model = _if_present(lambda: client.get_registered_model(self.name))
+            model = _if_present(lambda: self.client.get_registered_model(self.name))
             known = ", ".join(sorted(model.aliases)) if model is not None and model.aliases else "none yet"
             raise NotRegistered(f"{uri}: the registry has no such model. Aliases of {self.name}: {known}. `deepgen run` makes a champion.")
         return found
@@ -247,6 +249,7 @@ def _create_version(registry: Registry, digest: str, dvc: DvcCommand) -> "ModelV
     with _active_store(registry):
         with mlflow.start_run(experiment_id=experiment.experiment_id, run_name=f"challenger {digest[:6]}", tags=tags) as run:
             _log_lineage(registry)
+            _keep_evaluation(registry.root, digest)
             model = _log_model(registry, digest)
         _ensure_model(registry)
         files = files_digest(registry.local_folder(registry.client.get_logged_model(model.model_id)))
@@ -354,6 +357,14 @@ def measured_tags(root: Path, digest: str) -> dict[str, str]:
 
 def evidence_tags(gates: list[dict[str, Any]], evaluation_set: str) -> dict[str, str]:
     return {"evaluation_set_digest": evaluation_set} | {f"gate.{gate['name']}": repr(gate["value"]) for gate in gates}
+
+
+def _keep_evaluation(root: Path, digest: str) -> None:
+    """Put the evaluation of these weights, pictures and all, on the active MLflow run: in the clone the next one takes its place."""
+    import mlflow
+
+    if (root / GATES).is_file() and read_json(root / GATES)["model_digest"] == digest:
+        mlflow.log_artifacts(str((root / GATES).parent), KEPT)
 
 
 def _log_lineage(registry: Registry) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 from typing import IO, Any
@@ -15,7 +16,7 @@ import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from orchestration.console import say
-from orchestration.tail import tailing
+from orchestration.tail import Context, tailing
 from runtime import exits
 from runtime.recipe import Stage
 from runtime.run_folder import command_for, last_whole_checkpoint
@@ -86,34 +87,40 @@ class StageProcess(dg.PipesSubprocessClient):
             StageFailed: exit code other than 0.
         """
         with dg.open_pipes_session(context, self.context_injector, self.message_reader, extras={"stage": stage.name}) as session:
-            own = {"PYTHONUNBUFFERED": "1", "PATH": _path(), DAGSTER_RUN: context.run.run_id}
-            environment = os.environ | session.get_bootstrap_env_vars() | own
-            process = Popen(
-                command_of(stage),
-                cwd=self.cwd,
-                env=environment,
-                stdout=PIPE,
-                stderr=STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-            lines: deque[str] = deque(maxlen=LAST_LINES)
-            assert process.stdout is not None, "stdout is a pipe"
-            pump = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True, name=f"{stage.name}-lines")
-            pump.start()
-            with tailing(context, self.root, stage, process.pid) as tail:
-                try:
-                    code = process.wait()
-                except DagsterExecutionInterruptedError:
-                    _mark_canceling(context)
-                    self._stop(process, stage)
-                    raise
-                finally:
-                    pump.join(timeout=5)
+            self.run_plainly(context, stage, session.get_bootstrap_env_vars())
+        return {name: value for result in session.get_results() for name, value in (result.metadata or {}).items()}
+
+    def run_plainly(self, context: Context, stage: Stage, environment: Mapping[str, str]) -> None:
+        """Run to the end, with more in its environment; of what it reports nothing is kept.
+
+        Raises:
+            StageFailed: exit code other than 0.
+        """
+        process = Popen(
+            command_of(stage),
+            cwd=self.cwd,
+            env=os.environ | environment | {"PYTHONUNBUFFERED": "1", "PATH": _path(), DAGSTER_RUN: context.run_id},
+            stdout=PIPE,
+            stderr=STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        lines: deque[str] = deque(maxlen=LAST_LINES)
+        assert process.stdout is not None, "stdout is a pipe"
+        pump = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True, name=f"{stage.name}-lines")
+        pump.start()
+        with tailing(context, self.root, stage, process.pid) as tail:
+            try:
+                code = process.wait()
+            except DagsterExecutionInterruptedError:
+                _mark_canceling(context)
+                self._stop(process, stage)
+                raise
+            finally:
+                pump.join(timeout=5)
         if code != exits.DONE:
             raise StageFailed(stage, code, list(lines), last_whole_checkpoint(tail.folder) if tail.folder else None)
-        return {name: value for result in session.get_results() for name, value in (result.metadata or {}).items()}
 
     def _stop(self, process: "Popen[str]", stage: Stage) -> None:
         say(f"{stage.name}: stopping; it finishes its step and saves (up to {SAVE_SECONDS} s)")
@@ -131,7 +138,7 @@ def _pump(stream: IO[str], lines: deque[str]) -> None:
         say(lines[-1])
 
 
-def pause(context: dg.AssetExecutionContext, seconds: float) -> None:
+def pause(context: Context, seconds: float) -> None:
     """Wait inside the step: there Ctrl-C and the UI's Terminate are heard. Dagster's own wait before a retry is deaf to them."""
     try:
         time.sleep(seconds)
@@ -140,9 +147,9 @@ def pause(context: dg.AssetExecutionContext, seconds: float) -> None:
         raise
 
 
-def _mark_canceling(context: dg.AssetExecutionContext) -> None:
+def _mark_canceling(context: Context) -> None:
     """So that Dagster calls an interrupted run canceled, not failed."""
-    run = context.instance.get_run_by_id(context.run.run_id)
+    run = context.instance.get_run_by_id(context.run_id)
     if run is not None and run.status == dg.DagsterRunStatus.STARTED:
         context.instance.report_run_canceling(run)
 

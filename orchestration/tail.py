@@ -20,6 +20,8 @@ LOOK_SECONDS = 0.5
 LINE_SECONDS, NUMBERS_SECONDS, PICTURE_SECONDS = 15.0, 60.0, 60.0
 LINE_SHARE, NUMBERS_SHARE, PICTURE_SHARE = 0.005, 0.02, 0.1  # a week gives some 1,300 lines, 320 rows of numbers and 80 pictures
 
+Context = dg.AssetExecutionContext | dg.OpExecutionContext
+
 
 class Pace:
     """Due every `seconds`, and more and more rarely: `share` of the time so far is let pass as well. Dagster's event log never shrinks."""
@@ -43,7 +45,7 @@ class Tail:
     emptied only after the stage has ended, and with it this tail.
     """
 
-    def __init__(self, context: dg.AssetExecutionContext, root: Path, stage: Stage, pid: int) -> None:
+    def __init__(self, context: Context, root: Path, stage: Stage, pid: int) -> None:
         self.context, self.root, self.stage, self.pid = context, root, stage, pid
         self.folder: Path | None = None
         self.began = time.time()
@@ -81,12 +83,14 @@ class Tail:
         return when > self.told.get(what, self.began)
 
     def _observe(self, metadata: dict[str, Any]) -> None:
+        if not isinstance(self.context, dg.AssetExecutionContext):  # an experiment: it has no asset whose page it could be on
+            return
         partition = str(self.stage.key) if self.stage.meta.get("partitioned") else None
         self.context.log_event(dg.AssetObservation(asset_key=self.context.asset_key, partition=partition, metadata=metadata))
 
 
 @contextmanager
-def tailing(context: dg.AssetExecutionContext, root: Path, stage: Stage, pid: int) -> Iterator[Tail]:
+def tailing(context: Context, root: Path, stage: Stage, pid: int) -> Iterator[Tail]:
     """A thread that looks now and then, and once more at the end."""
     tail, over = Tail(context, root, stage, pid), threading.Event()
 

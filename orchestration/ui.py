@@ -16,6 +16,7 @@ from runtime.params import load_params
 
 HOST = "127.0.0.1"
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
+MLFLOW_VIEW = "workflowType=machine_learning"  # its pages for training; left to itself it opens those for prompts and traces
 MLFLOW_ADDRESS = "DEEPGEN_MLFLOW_ADDRESS"  # environment of what the UI starts: where MLflow is shown, for links
 STOP_SECONDS = 15
 MLFLOW_GUARDS = {
@@ -72,7 +73,7 @@ def mlflow_page(path: str) -> str:
     """Where a browser finds a page of MLflow: at the tracking server, if there is one, else where `deepgen ui` shows it."""
     remote = os.environ.get("MLFLOW_TRACKING_URI", "")
     here = os.environ.get(MLFLOW_ADDRESS, f"http://{HOST}:{MLFLOW_PORT}")
-    return f"{(remote if remote.startswith('http') else here).rstrip('/')}/#/{path}"
+    return f"{(remote if remote.startswith('http') else here).rstrip('/')}/#/{path}?{MLFLOW_VIEW}"
 
 
 def _start(root: Path, name: str, command: list[str]) -> "subprocess.Popen[bytes]":
@@ -94,6 +95,7 @@ def _wait(processes: dict[str, "subprocess.Popen[bytes]"], dagster_port: int, ml
     print("starting, about 10 s", flush=True)
     places = {"Dagster": dagster_port} | ({"MLflow": mlflow_port} if "mlflow" in processes else {})
     waiting = dict(places)
+    pages = {"Dagster": f"http://{HOST}:{dagster_port}", "MLflow": mlflow_page("experiments")}
     while True:
         for name, process in processes.items():
             if process.poll() is not None:
@@ -101,7 +103,7 @@ def _wait(processes: dict[str, "subprocess.Popen[bytes]"], dagster_port: int, ml
                 return 1
         for title, port in list(waiting.items()):
             if listening(port):
-                print(f"  {title:<8} http://{HOST}:{port}", flush=True)
+                print(f"  {title:<8} {pages[title]}", flush=True)
                 del waiting[title]
                 if not waiting:
                     print(("" if "mlflow" in processes else f"  MLflow   {store}\n") + "Ctrl-C stops them.", flush=True)

@@ -38,21 +38,31 @@ def open_store(root: Path, experiment: str = "deepgen") -> str:
     """
     if remote := os.environ.get("MLFLOW_TRACKING_URI"):
         return remote
-    folder = root.resolve() / "outputs" / "mlflow"
+    home = owner(root)
+    folder = home / "outputs" / "mlflow"
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    ready = f"{root.resolve()}\n"
+    ready = f"{home}\n"
     marker = folder / "root"
     experiments = folder / f".experiment-{experiment}"
     if marker.is_file() and marker.read_text() == ready and experiments.is_file():
         return uri
     with locked(folder / "lock"):
         if marker.is_file() and marker.read_text() != ready:
-            _rewrite_addresses(folder / "mlflow.db", Path(marker.read_text().strip()), root.resolve())
+            _rewrite_addresses(folder / "mlflow.db", Path(marker.read_text().strip()), home)
         if not experiments.is_file():
             _create(uri, folder, experiment)
         write_atomic(experiments, "")
         write_atomic(marker, ready)
     return uri
+
+
+def owner(root: Path) -> Path:
+    """The clone whose store is used at `root`: itself; of a copy that `dvc exp run` made and deletes, the clone that it was made in."""
+    here = root.resolve()
+    for folder in here.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2]
+    return here
 
 
 def _create(uri: str, folder: Path, experiment: str) -> None:

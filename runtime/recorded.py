@@ -22,8 +22,8 @@ class NotAsRecorded(Plain):
     """An output is not the one that dvc.lock records, or dvc.lock can't be read."""
 
 
-def recorded_outputs(root: Path) -> dict[str, dict[str, str]]:
-    """Stage -> path of an output -> its md5, for every stage of dvc.lock; nothing where there is no dvc.lock.
+def recorded_paths(root: Path, kinds: tuple[str, ...] = ("deps", "outs")) -> dict[str, dict[str, str]]:
+    """Stage -> path -> its md5, of the dependencies and outputs of every stage of dvc.lock; nothing where there is no dvc.lock.
 
     Raises:
         NotAsRecorded: dvc.lock is damaged.
@@ -32,13 +32,18 @@ def recorded_outputs(root: Path) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     try:
-        stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
-        return {name: {out["path"]: out["md5"] for out in entry.get("outs", [])} for name, entry in stages.items()}
+        stages = (yaml.load(path.read_text(), yaml.CSafeLoader) or {}).get("stages", {})  # libyaml: there may be thousands of parts
+        return {name: {row["path"]: row["md5"] for kind in kinds for row in entry.get(kind, [])} for name, entry in stages.items()}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise NotAsRecorded(
             f"dvc.lock can't be read ({str(error).splitlines()[0]}). Put back one that was whole (git checkout dvc.lock), "
             "or remove it: `dvc repro` then writes it anew."
         ) from None
+
+
+def recorded_outputs(root: Path) -> dict[str, dict[str, str]]:
+    """`recorded_paths` of the outputs alone, each stage's in their order."""
+    return recorded_paths(root, ("outs",))
 
 
 def md5_of(path: Path) -> str:

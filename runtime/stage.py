@@ -21,6 +21,7 @@ from runtime.recipe import Stage, load_stages, look_up
 from runtime.recorded import check_inputs
 
 DAGSTER_RUN = "DEEPGEN_DAGSTER_RUN"  # environment of a stage command that Dagster started: the id of its run
+EXPERIMENT = "DEEPGEN_EXPERIMENT"  # environment of a stage command that runs with other settings than params.yaml's: the experiment's name
 CHAMPION = "outputs/champion"  # a copy of registered weights that SFT may start from; no stage makes it
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.faults import clone, outputs_of, stop_in
+from runtime.mlflow_store import open_store
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +120,22 @@ def test_runs_are_tied_to_their_inputs_by_digest_in_mlflow(finished: Path):
     digests = {dataset.dataset.name: dataset.dataset.digest for dataset in runs[0].inputs.dataset_inputs}
     assert digests["outputs/alignment"] == sha256_path(finished / "outputs" / "alignment")[:32]
     assert digests["outputs/mixture/sft.json"] == sha256_path(finished / "outputs" / "mixture" / "sft.json")[:32]
+
+
+def test_a_sweep_of_dvc_lands_in_this_clones_mlflow_and_leaves_its_outputs(finished: Path, tmp_path: Path):
+    from mlflow import MlflowClient
+
+    root = tmp_path / "sweep"
+    shutil.copytree(finished, root, symlinks=True)
+    git = ["git", "-c", "user.name=smoke", "-c", "user.email=smoke@example.org"]
+    assert run(root, *git, "add", "-A").returncode == run(root, *git, "commit", "-qm", "ran").returncode == 0
+    identity = {f"GIT_{who}_{what}": "smoke" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    swept = run(root, "dvc", "exp", "run", "--temp", "--name", "three", "--set-param", "mr_grpo.steps=3", "mr_grpo", **identity)
+    assert swept.returncode == 0, swept.stdout[-3000:] + swept.stderr[-3000:]
+    client = MlflowClient(open_store(root))
+    (found,) = client.search_runs([client.get_experiment_by_name("deepgen").experiment_id], "tags.`dvc.experiment` = 'three'")
+    assert found.info.status == "FINISHED" and found.data.params["mr_grpo.steps"] == "3"
+    assert json.loads((root / "outputs" / "mr_grpo" / "metrics.json").read_text())["steps"] == 2
 
 
 def test_a_second_run_in_a_moved_clone_finds_everything_done_and_in_place(finished: Path, tmp_path: Path):

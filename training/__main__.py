@@ -40,6 +40,8 @@ def main() -> None:
         "ablate": run_ablation,
         "train_foundation": train_foundation,
         "replay": send_waiting,
+        "compare": compare_evaluations,
+        "check-reference": check_reference,
     }
     if verb in tools:
         with guard(verb):
@@ -69,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--json", action="store_true", help="print the figures, and nothing else")
     verbs.add_parser("replay", help="send to MLflow what waits in the run folders since it could not be reached")
+    compared = verbs.add_parser("compare", help="two evaluations of the same set side by side, as pictures")
+    compared.add_argument("evaluations", nargs=2, type=named_folder, metavar="NAME=FOLDER", help="`champion=outputs/evaluation/sft`")
+    compared.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    check = verbs.add_parser("check-reference", help="the arithmetic of MR-GRPO on tensors of the reference implementation")
+    check.add_argument("files", type=Path, nargs="+")
     train = verbs.add_parser("train_foundation", help="train the small foundation anew (foundation/params.yaml); goes on where stopped")
     train.add_argument("--part", choices=["vlm", "clip", "dit"], help="that part alone, and nothing is shipped")
     train.add_argument("--params", default="foundation/params.yaml")
@@ -110,6 +117,27 @@ def send_waiting(arguments: argparse.Namespace) -> None:
     from training.spool import replay
 
     print(f"{replay(find_root())} events sent, nothing waits", flush=True)
+
+
+def compare_evaluations(arguments: argparse.Namespace) -> None:
+    from training.comparison import save_comparison
+
+    for path in save_comparison(dict(arguments.evaluations), arguments.out):
+        print(path, flush=True)
+
+
+def check_reference(arguments: argparse.Namespace) -> None:
+    from model.reference import print_agreements
+    from training.reference import check_file
+
+    print_agreements(arguments.files, check_file)
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=FOLDER")
+    return name, Path(folder)
 
 
 def show_status(arguments: argparse.Namespace) -> None:

@@ -28,17 +28,27 @@ Named = Mapping[str, Any]
 
 def save_pictures(root: Path, figures: Named, scores: Named, folder: Path) -> list[str]:
     """accuracy.png, curves.png and a grid a task, in `folder`; their names, the grids first."""
+    names = save_grids(shown_samples(_stage_folders(root), scores), "stages", folder)
+    (folder / "accuracy.png").write_bytes(accuracy_plot(figures["accuracy"], STAGES))
+    (folder / "curves.png").write_bytes(curves_plot(root))
+    return [*names, "accuracy.png", "curves.png"]
+
+
+def _stage_folders(root: Path) -> dict[str, Path]:
+    return {stage: root / "outputs" / "evaluation" / stage for stage in STAGES}
+
+
+def save_grids(samples: Mapping[str, Sequence[Named]], name: str, folder: Path) -> list[str]:
+    """`NAME_TASK.png` of the samples of each task, in `folder`; the names."""
     names = []
-    for task, shown in shown_samples(root, scores).items():
+    for task, shown in samples.items():
         rows, captions = [], []
         for group in batched(shown, 2 if task == "image_edit" else 4):
             rows.append([image for row in group for image in row["images"]])
             captions.append([text for row in group for text in _captions(row)])
-        names.append(f"stages_{task}.png")
+        names.append(f"{name}_{task}.png")
         save_grid(rows, folder / names[-1], captions, scale=max(1, SIDE // max(rows[0][0].shape[:2])))
-    (folder / "accuracy.png").write_bytes(accuracy_plot(figures))
-    (folder / "curves.png").write_bytes(curves_plot(root))
-    return [*names, "accuracy.png", "curves.png"]
+    return names
 
 
 def _captions(row: Named) -> list[str]:
@@ -47,23 +57,29 @@ def _captions(row: Named) -> list[str]:
     return [mark + row["prompt"], *texts[1:]]
 
 
-def shown_samples(root: Path, scores: Named) -> dict[str, list[dict[str, Any]]]:
-    """Task -> its first samples, whose pictures the evaluation kept: prompt, images, their names, whether each is right (None: given)."""
-    folders = {stage: root / "outputs" / "evaluation" / stage / "images" for stage in STAGES}
+def shown_samples(evaluations: Mapping[str, Path], scores: Named) -> dict[str, list[dict[str, Any]]]:
+    """Task -> the samples whose pictures were kept: prompt, images, their names, whether each is right (None: given).
+
+    Args:
+        evaluations: name -> folder of an evaluation; all of them of the same set.
+        scores: name -> task -> its rows of samples.json.
+    """
+    names = list(evaluations)
+    folders = [evaluations[name] / "images" for name in names]
     shown: dict[str, list[dict[str, Any]]] = {}
-    for task in scores[STAGES[-1]]:
-        for rows in zip(*(scores[stage][task] for stage in STAGES), strict=True):
+    for task in scores[names[-1]]:
+        for rows in zip(*(scores[name][task] for name in names), strict=True):
             key = rows[0]["key"]
-            if not (folders[STAGES[0]] / f"{key}.png").is_file():
+            if not (folders[0] / f"{key}.png").is_file():
                 continue
-            sources = sorted(folders[STAGES[0]].glob(f"{key}.source-*.png"))
-            targets = [folders[STAGES[0]] / f"{key}.target.png"] if sources else []
-            files = [*sources, *(folders[stage] / f"{key}.png" for stage in STAGES), *targets]
+            sources = sorted(folders[0].glob(f"{key}.source-*.png"))
+            targets = [folders[0] / f"{key}.target.png"] if sources else []
+            files = [*sources, *(folder / f"{key}.png" for folder in folders), *targets]
             shown.setdefault(task, []).append(
                 {
                     "prompt": rows[0]["prompt"],
                     "images": [thumbnail(file) for file in files],
-                    "names": ["before"] * len(sources) + list(STAGES) + ["target"] * len(targets),
+                    "names": ["before"] * len(sources) + names + ["target"] * len(targets),
                     "right": [None] * len(sources) + [row["strict"] for row in rows] + [None] * len(targets),
                 }
             )
@@ -108,24 +124,24 @@ def _png(figure: Any) -> bytes:
         return _encoded(image.convert("RGB"))
 
 
-def accuracy_plot(figures: Named, dark: bool = False) -> bytes:
-    """A bar a category and stage, with its 95% interval; a panel a task."""
-    last = figures["accuracy"][STAGES[-1]]
-    width = 0.8 / len(STAGES)
+def accuracy_plot(accuracy: Named, names: Sequence[str], dark: bool = False) -> bytes:
+    """A bar a category and each of `names`, which were scored on the same samples, with its 95% interval; a panel a task."""
+    last = accuracy[names[-1]]
+    width = 0.8 / len(names)
     with drawing(len(last), 1, 2.7, dark) as (figure, axes):
         for axis, (task, named) in zip(axes[:, 0], last.items(), strict=True):
-            for i, stage in enumerate(STAGES):
-                rows = [figures["accuracy"][stage][task][name] for name in named]
-                places = np.arange(len(rows)) + (i - (len(STAGES) - 1) / 2) * width
+            for i, scored in enumerate(names):
+                rows = [accuracy[scored][task][name] for name in named]
+                places = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * width
                 heights = np.array([row["strict"] for row in rows])
                 low, high = np.array([row["interval_95"] for row in rows]).T
                 around = [np.maximum(heights - low, 0), np.maximum(high - heights, 0)]  # rounded, 0 or 1 may lie a hair outside
-                axis.bar(places, heights, width * 0.92, label=stage)
+                axis.bar(places, heights, width * 0.92, label=scored)
                 axis.errorbar(places, heights, around, fmt="none", ecolor=axis.xaxis.label.get_color(), elinewidth=1, capsize=2)
             axis.set_xticks(range(len(named)), [f"{name}\nn {row['n']}" for name, row in named.items()])
             axis.set(ylim=(0, 1), title=TITLES[task])
             axis.grid(axis="y", alpha=0.25)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=len(STAGES), loc="outside upper right")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=len(names), loc="outside upper right")
         return _png(figure)
 
 
@@ -163,9 +179,11 @@ def write_page(root: Path, path: Path, figures: Named, runs: Named, scores: Name
         "falls": _falls(figures),
         "accuracy": "".join(_accuracy(figures)),
         "parts": "".join(_parts(figures)),
-        "accuracy_plot": _both(folder / "accuracy.png", accuracy_plot(figures, dark=True), "accuracy by category and stage"),
+        "accuracy_plot": _both(
+            folder / "accuracy.png", accuracy_plot(figures["accuracy"], STAGES, dark=True), "accuracy by category and stage"
+        ),
         "curves_plot": _both(folder / "curves.png", curves_plot(root, dark=True), "losses and rewards over steps"),
-        "samples": "".join(_samples(shown_samples(root, scores))),
+        "samples": "".join(_samples(shown_samples(_stage_folders(root), scores))),
         "behind": _behind(runs),
         "runs": "".join(_runs(runs)),
         "digests": "".join(_digests(figures)),

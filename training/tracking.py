@@ -17,7 +17,7 @@ from runtime.environment import git_state, installed_packages, packages_digest
 from runtime.exits import Interrupted
 from runtime.files import sha256_file, tensors_digest
 from runtime.run_folder import claimed, step_of
-from runtime.stage import DAGSTER_RUN, StageRun, rank
+from runtime.stage import DAGSTER_RUN, EXPERIMENT, StageRun, rank
 from training.spool import Event, Sender, Spool
 from training.stages import parent_of
 
@@ -52,7 +52,7 @@ class Tracker:
         self.waiting = False
         if self.spool.size == 0:
             self._describe()
-        self.tag(**environment_tags(run), **dagster_tags())
+        self.tag(**environment_tags(run), **caller_tags())
         self._add("status", status="RUNNING")
         self.flush()
 
@@ -277,9 +277,10 @@ def attach(root: Path, folder: Path, files: Sequence[Path], place: str) -> None:
             logger.warning("MLflow can't be reached (%s): %s waits in %s", error, place, spool.path.relative_to(root))
 
 
-def dagster_tags() -> dict[str, str]:
-    """The run of Dagster that started this stage; nothing where DVC or a person did."""
-    return {"dagster.run_id": os.environ[DAGSTER_RUN]} if DAGSTER_RUN in os.environ else {}
+def caller_tags() -> dict[str, str]:
+    """Who started this stage, where it was no person: the run of Dagster, its experiment, the experiment of DVC."""
+    names = {"dagster.run_id": DAGSTER_RUN, "experimental": EXPERIMENT, "dvc.experiment": "DVC_EXP_NAME"}
+    return {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
 
 
 def environment_tags(run: StageRun) -> dict[str, str]:

@@ -39,7 +39,8 @@ def measure(toy: Toy, strict: float, digest: str) -> None:
     """Gates and verdicts as an evaluation writes them; `strict` is a multiple of 1/8, for there are eight samples."""
     edit_gates(toy, strict, model_digest=digest)
     verdicts = {
-        task: [{"strict": i < strict * len(rows)} for i in range(len(rows))] for task, rows in read_json(toy.root / SAMPLES).items()
+        task: [row | {"strict": i < strict * len(rows)} for i, row in enumerate(rows)]
+        for task, rows in read_json(toy.root / SAMPLES).items()
     }
     write_json(toy.root / SAMPLES, verdicts)
 

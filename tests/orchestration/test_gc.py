@@ -127,6 +127,22 @@ def test_damaged_checkpoints_those_before_the_last_of_a_finished_run_and_leftove
     assert found(clean) == expected
 
 
+@pytest.mark.parametrize("kind", ["experiments", "reproduce"])
+def test_old_experiments_and_reproductions_go_and_what_they_link_to_stays(clean: Toy, kind: str):
+    root = clean.root
+    for name in ("old", "new"):
+        folder = root / "outputs" / kind / name
+        folder.mkdir(parents=True)
+        (folder / "toy.py").symlink_to(root / "toy.py")
+        (folder / "params.yaml").write_text("")
+    for path in (root / "outputs" / kind / "old").iterdir():
+        os.utime(path, (0, 0), follow_symlinks=False)
+    os.utime(root / "outputs" / kind / "old", (0, 0))
+    assert found(clean) == {f"outputs/{kind}/old"}
+    remove_garbage(root, clean.params, find_garbage(root, clean.params))
+    assert sorted(path.name for path in (root / "outputs" / kind).iterdir()) == ["new"] and (root / "toy.py").is_file()
+
+
 def test_an_old_run_with_a_registered_checkpoint_stays(clean: Toy):
     folder = run_folder(clean.root, "old")
     write_json(folder / "step-000002" / "complete.json", {})

@@ -229,3 +229,11 @@ class TestApproval:
         with pytest.raises(NotRegistered, match="no version 7; there are: 1, 2"):
             approve(waiting.root, waiting.params, dvc, "7", by="Ada")
         assert not (waiting.root / APPROVALS).exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_another_name_is_not_taken_for_this_ones(copy: Toy):
+    registry = open_registry(copy)
+    assert registry.resolve("models:/deepgen@champion").version == registry.resolve("models:/deepgen/1").version
+    with pytest.raises(NotRegistered, match="models:/other@champion: the model of this project is deepgen"):
+        registry.resolve("models:/other@champion")

@@ -135,7 +135,7 @@ def test_a_large_picture_is_made_smaller_for_the_page_and_says_where_it_is_whole
 def test_dagster_and_mlflow_name_each_others_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     reported = {"mlflow_run_id": dg.MetadataValue.text("abc"), "mlflow_experiment_id": dg.MetadataValue.text("1")}
-    assert assets.mlflow_link(reported)["MLflow"].value == "http://127.0.0.1:5000/#/experiments/1/runs/abc"
+    assert assets.mlflow_link(reported)["MLflow"].value == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
     monkeypatch.setenv("DEEPGEN_MLFLOW_ADDRESS", "http://127.0.0.1:5050")
     assert ":5050/#/" in assets.mlflow_link(reported)["MLflow"].value
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org/")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cold_start import open_at_once, problems_of
-from runtime.mlflow_store import open_store
+from runtime.mlflow_store import open_store, owner
 
 
 @pytest.mark.slow
@@ -41,3 +41,8 @@ def test_a_tracking_server_of_your_own_is_taken_as_it_is(tmp_path: Path, monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert open_store(tmp_path) == "http://127.0.0.1:9"
     assert os.listdir(tmp_path) == []
+
+
+def test_a_copy_that_dvc_made_for_an_experiment_uses_the_store_of_its_clone(tmp_path: Path):
+    clone = tmp_path / "clone"
+    assert owner(clone / ".dvc" / "tmp" / "exps" / "tmp1a2b") == owner(clone) == clone

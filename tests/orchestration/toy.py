@@ -5,7 +5,7 @@ TOY_KILL=STAGE: killed by SIGKILL at step 2, once. TOY_BOARD=STAGE: a board is d
 TOY_EDIT=STAGE: params.yaml changes between the command's last look at it and its end.
 """
 
-import base64
+import io
 import json
 import os
 import shutil
@@ -20,7 +20,6 @@ from runtime.files import read_json, sha256_file, sha256_json, tensors_digest, w
 from runtime.progress import Progress
 from runtime.stage import StageRun, open_stage
 
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 STAGES = ("alignment", "sft", "mr_grpo")
 
 
@@ -65,10 +64,19 @@ def mixture(run: StageRun, stage: str) -> None:
     run.publish(temporary)
 
 
+def gradient() -> bytes:
+    """A PNG of 256 x 256 pixels."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.linear_gradient("L").save(file, "PNG")
+    return file.getvalue()
+
+
 def at_step_two(run: StageRun, stage: str, state: Path) -> None:
     """What a test asked for."""
     if os.environ.get("TOY_BOARD") == stage:
-        write_atomic(run.folder / "boards" / "step-000002.png", PIXEL)
+        write_atomic(run.folder / "boards" / "step-000002.png", gradient())
     if os.environ.get("TOY_KILL") == stage and not state.exists():
         write_json(state, {"step": 2})
         write_json(run.folder / "step-000002" / "complete.json", [])
@@ -115,8 +123,10 @@ def evaluate(run: StageRun, stage: str) -> None:
     metrics, samples = {}, {}
     for part in config.parts:
         n = read_json(run.root / "outputs" / "shards" / part / "manifest.json")["samples"]
-        metrics[run.params.data.parts[part].task] = {"n": n, "strict": 0.5, "interval_95": [0.2, 0.8]}
-        samples[run.params.data.parts[part].task] = [{"strict": i % 2 == 0} for i in range(n)]
+        task = run.params.data.parts[part].task
+        metrics[task] = {"n": n, "strict": 0.5, "interval_95": [0.2, 0.8], "kinds": {}}
+        samples[task] = [{"key": f"{task}-{i}", "prompt": f"scene {i}", "strict": i % 2 == 0} for i in range(n)]
+        write_atomic(folder / "images" / f"{task}-0.png", gradient())
     ids = {part: read_json(run.root / "outputs" / "shards" / part / "manifest.json")["dataset_id"] for part in config.parts}
     gates = [
         {"name": name, "value": metrics[name]["strict"], "floor": floor, "passed": metrics[name]["strict"] >= floor}
