@@ -15,7 +15,7 @@ from orchestration.stage_process import PASSING, StageFailed, StageProcess, paus
 from orchestration.ui import mlflow_page
 from runtime.files import sha256_json, sha256_path
 from runtime.params import parse_params
-from runtime.recipe import Stage, overlap
+from runtime.recipe import Stage, stages_above
 from runtime.stage import stage_digests
 
 RETRIES = 2
@@ -36,15 +36,8 @@ def group_stages(stages: dict[str, Stage]) -> dict[str, list[Stage]]:
 
 
 def upstream(stage: Stage, stages: dict[str, Stage]) -> list[str]:
-    """Names of the assets whose outputs this stage reads: as they are, a part of them, or a folder that holds them."""
-    names = {
-        asset_name(other)
-        for path in stage.inputs  # outermost: a part of the data has none, and there may be thousands of parts
-        for other in stages.values()
-        for out in other.outs
-        if other.name != stage.name and overlap(path, out)
-    }
-    return sorted(names)
+    """Names of the assets whose outputs this stage reads."""
+    return sorted({asset_name(stages[name]) for name in stages_above(stage, stages)})
 
 
 def build_assets(root: Path, stages: dict[str, Stage]) -> list[dg.AssetsDefinition]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestration.registry import CHAMPION, GATES, KEPT, Registry
+from orchestration.registry import CHAMPION, GATES, KEPT, Registry, measured_tags
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -20,6 +20,8 @@ def side_by_side(registry: Registry, challenger: "ModelVersion") -> tuple[dict[s
     champion = registry.by_alias(CHAMPION)
     if champion is None or champion.version == challenger.version:
         return {}, "there is no champion yet" if champion is None else f"version {champion.version} is the champion"
+    if not measured_tags(registry.root, challenger.tags["model_digest"]):
+        return {}, "the evaluation on disk is not of these weights"
     with tempfile.TemporaryDirectory() as fetched:
         folder = _kept(registry, champion, Path(fetched))
         if folder is None:

@@ -25,7 +25,7 @@ from runtime.exits import Plain
 from runtime.files import read_json, sha256_json, write_json
 from runtime.mlflow_store import open_store
 from runtime.params import STAGES, Params, ParamsError, check_params, load_params, parse_params
-from runtime.recipe import Stage, load_stages, look_up, overlap
+from runtime.recipe import Stage, load_stages, look_up, stages_above
 from runtime.stage import EXPERIMENT, picture_markdown
 
 FOLDER = Path("outputs/experiments")
@@ -72,7 +72,7 @@ def plan(root: Path, overrides: dict[str, Any], last: str, dvc: DvcCommand) -> E
         raise ParamsError(f"last: {last!r} is no stage of dvc.yaml; allowed: {', '.join(stages)}")
     if values == before:
         raise NothingToTry("the overrides leave params.yaml as it is: materialize the assets instead.")
-    above = {name: _above(stage, stages) for name, stage in stages.items()}
+    above = {name: stages_above(stage, stages) for name, stage in stages.items()}
     needed, known = _needed(last, above), load_stages(root, before)
     changed = {name for name in needed if name not in known or _params(stages[name], values) != _params(known[name], before)}
     if not changed:
@@ -85,12 +85,6 @@ def plan(root: Path, overrides: dict[str, Any], last: str, dvc: DvcCommand) -> E
     taken = {name: md5 for name, md5 in dvc.recorded().items() if name in needed and name not in run}
     identity = sha256_json([values, taken, git_state(root)])[:12]
     return Experiment(root, identity, overrides, values, [stages[name] for name in taken], [stages[name] for name in run])
-
-
-def _above(stage: Stage, stages: Mapping[str, Stage]) -> set[str]:
-    """The stages whose outputs this one reads."""
-    others = (other for other in stages.values() if other.name != stage.name)
-    return {other.name for other in others if any(overlap(path, out) for path in stage.inputs for out in other.outs)}
 
 
 def _needed(last: str, above: Mapping[str, set[str]]) -> list[str]:

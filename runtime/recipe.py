@@ -46,6 +46,17 @@ def overlap(a: str, b: str) -> bool:
     return a == b or a.startswith(b.rstrip("/") + "/") or b.startswith(a.rstrip("/") + "/")
 
 
+def stages_above(stage: Stage, stages: dict[str, Stage]) -> set[str]:
+    """The stages whose outputs this one reads: as they are, a part of them, or a folder that holds them."""
+    return {
+        other.name
+        for path in stage.inputs  # outermost: a part of the data has none, and there may be thousands of parts
+        for other in stages.values()
+        for out in other.outs
+        if other.name != stage.name and overlap(path, out)
+    }
+
+
 def look_up(params: dict[str, Any], dotted: str) -> Any:
     """Value at `a.b.c`.
 

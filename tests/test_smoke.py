@@ -113,7 +113,6 @@ def test_runs_are_tied_to_their_inputs_by_digest_in_mlflow(finished: Path):
     from mlflow import MlflowClient
 
     from runtime.files import sha256_path
-    from runtime.mlflow_store import open_store
 
     client = MlflowClient(open_store(finished))
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()], filter_string="tags.stage = 'sft'")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,6 +178,12 @@ def copy(finished: Toy, tmp_path: Path) -> Toy:
     """A finished toy, moved: its stores follow."""
     shutil.copytree(finished.root, tmp_path / "copy", symlinks=True)
     return Toy(tmp_path / "copy")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def stop(process: "subprocess.Popen[str]", number: int = signal.SIGINT) -> int:

@@ -46,6 +46,12 @@ def test_a_challenger_of_another_evaluation_set_is_not_compared_and_says_so(copy
     assert pictures == {} and "measured on different evaluation sets" in told
 
 
+def test_another_models_evaluation_is_not_shown_as_the_challengers(copy: Toy):
+    second_model(copy)
+    edit_gates(copy, model_digest="0" * 64)
+    assert compared(challenge(copy)) == ({}, "the evaluation on disk is not of these weights")
+
+
 def test_where_the_champions_pictures_are_gone_it_is_said(copy: Toy):
     second_model(copy)
     registry = challenge(copy)

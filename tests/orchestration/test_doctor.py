@@ -21,16 +21,10 @@ from orchestration import doctor
 from orchestration.doctor import Finding, code_revisions, examine
 from orchestration.pipeline_run import only_one
 from runtime import exits
-from tests.orchestration.conftest import PROJECT, Toy
+from tests.orchestration.conftest import PROJECT, Toy, free_port
 
 DAGSTER = ("dagster", "_core/storage/alembic/versions")
 MLFLOW = ("mlflow", "store/db_migrations/versions")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def found(toy: Toy) -> dict[str, Finding]:

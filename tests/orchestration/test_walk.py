@@ -4,14 +4,13 @@ Each step leaves a screenshot in the test's temporary folder, which pytest keeps
 """
 
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.orchestration.conftest import Toy, make_toy, stop
+from tests.orchestration.conftest import Toy, free_port, make_toy, stop
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PAGE_SECONDS, RUN_SECONDS = 120, 300  # a page that waits for the server; a run that waits in the queue first
@@ -75,12 +74,6 @@ class Walk:
         rows = self.page.locator("tr, [role=row]").filter(has_text="Version ").all_inner_texts()
         words = [row.split() for row in rows if "@" in row]
         return {row[i + 1]: row[row.index("Version") + 1] for row in words for i, word in enumerate(row) if word == "@"}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture
