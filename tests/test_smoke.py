@@ -12,7 +12,7 @@ import yaml
 from benchmarks.faults import clone, outputs_of, stop_in
 from runtime.mlflow_store import open_store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a whole run: about six minutes of two quiet cores
 
 
 def run(root: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
