@@ -4,9 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -21,6 +19,7 @@ from runtime.files import read_json
 from runtime.keys import seed_from
 from runtime.progress import Progress
 from runtime.stage import StageRun, rank
+from training.advantages import advantages
 from training.checkpoint import Checkpoints, TrainState
 from training.config import MRGRPOConfig
 from training.guards import NonFiniteLoss, memory_advice
@@ -30,7 +29,8 @@ from training.losses import clipped_ratio_loss, flow_matching_loss, velocity_kl
 from training.optim import build_optimizer, set_learning_rate
 from training.publish import publish_stage, remember_start, report_parameters
 from training.randomness import quantiles, sample_noise
-from training.rewards import SceneParts, Scores, advantages
+from training.rewards.scene import SceneParts
+from training.rewards.scores import Group, Scores, below
 from training.sde import log_prob, sde_step
 from training.sharding import checkpoint_activations
 from training.stages import freeze_for
@@ -59,8 +59,7 @@ class Rollout:
     latents: tuple[Tensor, ...]
     next_latents: tuple[Tensor, ...]
     log_probs: tuple[Tensor, ...]
-    images: Sequence[np.ndarray]
-    scenes: Sequence[dict[str, Any]]
+    groups: Sequence[Group]
 
 
 def run_mr_grpo(run: StageRun) -> None:
@@ -107,7 +106,7 @@ def train(run: StageRun, accelerator: Accelerator, model: DeepGen, tracker: Trac
         while state.step < config.steps and not stopped:
             batch = next(batches)
             rolled = rollout(model, batch, config, state.step)
-            scores = reward(rolled.images, rolled.scenes)
+            scores = below([reward(group) for group in rolled.groups])
             if scores.coverage < config.min_coverage:
                 raise RewardsMissing(
                     f"{STAGE}: {scores.coverage:.0%} of the reward values are valid, mr_grpo.min_coverage is {config.min_coverage:.0%}"
@@ -161,10 +160,13 @@ def rollout(model: DeepGen, batch: Batch, config: MRGRPOConfig, step: int) -> Ro
         else:
             following = latents + (sigmas[index + 1] - sigmas[index]) * velocity
         latents = following
-    images = list(to_uint8(decode_latents(model.vae, latents)).cpu().numpy())
+    images = to_uint8(decode_latents(model.vae, latents)).cpu().numpy()
     befores, afters, log_probs = zip(*kept, strict=True)
-    scenes = [batch.scenes[prompt] for prompt, _ in names]
-    return Rollout(condition, befores, afters, log_probs, images, scenes)
+    groups = [
+        Group(f"{step}-{key}", batch.task, prompt, tuple(images[i * config.group_size : (i + 1) * config.group_size]), scene)
+        for i, (key, prompt, scene) in enumerate(zip(batch.keys, batch.prompts, batch.scenes, strict=True))
+    ]
+    return Rollout(condition, befores, afters, log_probs, groups)
 
 
 def update(
@@ -184,7 +186,7 @@ def update(
     """
     sigmas = sampling_sigmas(config.rollout_steps, model.shift_for(rolled.latents[0].shape[-2:])).to(model.device)
     advantage = advantage.to(model.device)
-    count = len(rolled.images)
+    count = len(advantage)
     share = (1 - config.sft_weight) / (count * config.stochastic_steps)
     totals = {"policy_loss": 0.0, "kl": 0.0, "clip_share": 0.0, "ratio_error": 0.0, "sft_loss": 0.0}
     for index in range(config.stochastic_steps):

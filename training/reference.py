@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model.reference import Agreement, Golden, compare
 from runtime.exits import Plain
+from training.advantages import advantages
 from training.losses import clipped_ratio_loss
-from training.rewards import Scores, advantages
+from training.rewards.scores import Scores
 from training.sde import log_prob, sde_step
 
 SAMPLERS = {"cps_sde": "cps_sde", "flowgrpo_sde": "flow_sde"}  # the reference's name: ours

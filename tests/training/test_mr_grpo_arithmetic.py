@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from training.advantages import advantages
 from training.losses import clipped_ratio_loss, velocity_kl
-from training.rewards import Scores, advantages
+from training.rewards.scores import Scores
 from training.sde import cps_step, flow_sde_step, log_prob, sde_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mr_grpo_reference.safetensors"
