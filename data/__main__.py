@@ -43,6 +43,9 @@ def main() -> None:
     wants.add_argument("--params", type=Path, help="a params file; default: params.yaml")
     prompts = verbs.add_parser("prompts", help="what is read of a prompt file, or of an RL recipe (.yaml) and the files it names")
     prompts.add_argument("file", type=Path)
+    prompts.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="FILE", help="evaluation prompt files: which of the prompts are in them"
+    )
     prompts.add_argument("--out", type=Path, help="a file for every prompt as it was read, one JSON line each")
     plan = verbs.add_parser("plan", help="shards, bytes, hours and cores that the catalogue takes")
     plan.add_argument("--preset", default="deepgen-5b", help="whose shards and GPUs are planned")
@@ -136,6 +139,7 @@ def _wants(arguments: argparse.Namespace) -> None:
 def _prompts(arguments: argparse.Namespace) -> None:
     import json
 
+    from data.decontamination import print_leaks
     from data.prompts import print_prompt_file, print_rl_mixture, read_prompt_file, read_rl_mixture
     from runtime.files import write_atomic
 
@@ -147,6 +151,12 @@ def _prompts(arguments: argparse.Namespace) -> None:
         read = read_prompt_file(arguments.file)
         print_prompt_file(arguments.file, read)
         lines = [{"prompt": prompt} for prompt in read.prompts]
+    if arguments.against:
+        sets: dict[str, list[str]] = {}
+        for line in lines:
+            sets.setdefault(line.get("set", arguments.file.name), []).append(line["prompt"])
+        print()
+        print_leaks(sets, arguments.against)
     if arguments.out is not None:
         write_atomic(arguments.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         print(f"{arguments.out}: {len(lines)} prompts")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from data.config import DataConfig, PartConfig
+from data.config import DataConfig, Deduplicate, PartConfig
 from data.preparation import Chunk, ChunkReceipt, chunk_files, prepare_chunk
 from data.records import Refused
 from data.rows import PREPARED, SET_ASIDE, WRITTEN, read_table, refused_row, write_table
@@ -24,6 +24,7 @@ from runtime.files import sha256_file, sha256_json, write_json
 
 Work = TypeVar("Work")
 Done = TypeVar("Done")
+DEDUPLICATE: dict[str, Deduplicate] = {"drawn": "none", "prompts": "exact"}  # of sources that have other than near duplicates
 TABLES = ("index.npy", "rows.parquet", "set_aside.parquet")
 
 
@@ -73,7 +74,7 @@ def build_part(
         tables = [read_table(chunk_files(folder, chunk.name)["rows"]) for chunk in chunks]
         rows = pa.concat_tables(tables) if tables else PREPARED.empty_table()
         places = [(chunk.name, row) for chunk, table in zip(chunks, tables, strict=True) for row in range(len(table))]
-        refused = find_duplicates(rows, config.deduplicate or ("none" if config.source == "drawn" else "near"), data.near_distance)
+        refused = find_duplicates(rows, config.deduplicate or DEDUPLICATE.get(config.source, "near"), data.near_distance)
         sizes = rows["bucket"].to_pylist()
         chosen = sorted(
             (row for row in range(len(rows)) if row not in refused), key=lambda row: sizes[row]

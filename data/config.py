@@ -23,7 +23,7 @@ Split = Literal["train", "validation", "evaluation"]
 PartName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]  # it names a folder and a DVC stage
 LANDED = "_SUCCESS"  # the marker of a snapshot that was copied whole
 
-SourceKind = Literal["drawn", "t2i_pretrain_json", "t2i_sft_json", "edit_json", "folder", "table", "webdataset", "hugging_face"]
+SourceKind = Literal["drawn", "t2i_pretrain_json", "t2i_sft_json", "edit_json", "folder", "table", "webdataset", "hugging_face", "prompts"]
 RecordField = Literal["prompt", "image", "references", "kind", "reasoning", "render_text", "negative_prompt", "url", "attribution"]
 Column = Annotated[str, StringConstraints(min_length=1)]
 
@@ -38,8 +38,14 @@ SETTINGS: dict[str, set[str]] = {
     "table": _FILES | {"images", "columns"},
     "webdataset": _FILES | {"caption_field"},
     "hugging_face": _FILES | {"images", "columns"},
+    "prompts": {"path"},
 }
-TASK_OF: dict[str, Task] = {"t2i_pretrain_json": "text_to_image", "t2i_sft_json": "text_to_image", "edit_json": "image_edit"}
+TASK_OF: dict[str, Task] = {
+    "t2i_pretrain_json": "text_to_image",
+    "t2i_sft_json": "text_to_image",
+    "edit_json": "image_edit",
+    "prompts": "text_to_image",
+}
 
 MAX_PIXELS = 50_000_000  # of one image, before it is decoded: 150 MB as RGB
 DRAWN_SIZE = 64  # pixels a side of a drawn image
@@ -143,6 +149,14 @@ class PartConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _prompts_are_for_training(self) -> Self:
+        if self.source == "prompts" and self.split != "train":
+            raise ValueError(f"split: {self.split!r} given; allowed for source 'prompts': 'train', for it has no pictures to compare with")
+        if self.source == "prompts" and self.deduplicate == "near":
+            raise ValueError("deduplicate: 'near' given; allowed for source 'prompts': null, 'exact' or 'none', for it has no pictures")
+        return self
+
+    @model_validator(mode="after")
     def _columns_fit_the_task(self) -> Self:
         for key, column in (self.columns or {}).items():
             if not isinstance(column, str) and key != "references":
@@ -220,3 +234,9 @@ class MixtureConfig(Settings):
         if sum(self.parts.values()) == 0:
             raise ValueError(f"parts: {self.parts} sums to 0; at least one weight must be above 0")
         return self
+
+
+class StageMixtureConfig(MixtureConfig):
+    """The same, and what goes with it."""
+
+    auxiliary: MixtureConfig | None = Field(None, description="of mr_grpo: what its auxiliary loss on real data reads")

@@ -6,7 +6,7 @@ What follows from a hit is the caller's choice: "a red circle" may well recur, a
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -75,9 +75,11 @@ class EvaluationIndex:
         self._size: dict[str, int] = {}  # number of grams of an item
         self._pixels: dict[str, str] = {}
         self._bands: dict[tuple[int, int], list[tuple[int, str]]] = {}
+        self.prompts: dict[str, int] = {}  # how many each set has
         for name, texts in prompts.items():
             for i, text in enumerate(texts):
                 self._add_prompt(fold(text), f"{name}[{i}]")
+                self.prompts[name] = i + 1
         for name, hashes in (images or {}).items():
             for i, image in enumerate(hashes):
                 self._pixels.setdefault(image.pixels, f"{name}[{i}]")
@@ -141,3 +143,18 @@ def _band_keys(perceptual: int) -> list[tuple[int, int]]:
 def read_index(prompt_files: Mapping[str, Path], images: Mapping[str, Iterable[ImageHashes]] | None = None) -> EvaluationIndex:
     """The index of prompt files, by the name of their evaluation set."""
     return EvaluationIndex({name: read_prompts(path) for name, path in prompt_files.items()}, images)
+
+
+def print_leaks(prompts: Mapping[str, Sequence[str]], against: Sequence[Path], examples: int = 3) -> None:
+    """For each set of training prompts and each evaluation prompt file how many of the set are in the file, and the first of them.
+
+    Raises:
+        FileNotFoundError, UnknownLayout: a file is not there, or can't be read.
+    """
+    for path in against:
+        index = read_index({path.name: path})
+        for name, some in prompts.items():
+            hits = [(i, found) for i, prompt in enumerate(some) if (found := index.leak(prompt))]
+            print(f"{name}: {len(hits):,} of {len(some):,} prompts are in {path}")
+            for i, found in hits[:examples]:
+                print(f"  {name}[{i}] is {found}")

@@ -4,7 +4,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class OtherData(Plain):
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded sample: target uint8 (H, W, 3), references likewise, scene the drawn world's description, empty elsewhere."""
+    """One decoded sample: target uint8 (H, W, 3), without rows of a mere prompt, references likewise, scene the drawn world's description,
+    empty elsewhere."""
 
     key: str
     task: str
@@ -62,17 +63,20 @@ class Encoded:
         return decode_image(bytes(self.images[role]), f"{self.name} {self.key}.{role}", out)
 
     def decode(self) -> Sample:
-        references = tuple(self.image(f"src.{i}") for i in range(len(self.images) - 1))
-        return Sample(self.key, self.task, self.kind, self.prompt, self.image("tgt"), references, self.scene)
+        shapes = shapes_of(self.bucket)
+        references = tuple(self.image(f"src.{i}") for i in range(len(shapes) - 1))
+        target = self.image("tgt") if "tgt" in self.images else np.empty((0, shapes["tgt"][1], 3), np.uint8)
+        return Sample(self.key, self.task, self.kind, self.prompt, target, references, self.scene)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples of one task and one size.
 
-    target_images uint8 (B, H, W, 3), or no rows (0, H, W, 3) where `latents` are read in their place; reference_images k arrays
+    target_images uint8 (B, H, W, 3), or no rows (0, H, W, 3) where `latents` are read in their place,
+    or where a sample is a mere prompt; reference_images k arrays
     (B, H, W, 3), which the VLM looks at in any case; positions: each sample's place in the stage's stream, the same on whatever rank;
-    index: the micro-batch.
+    index: the micro-batch; parts: each sample's, of data.parts.
     """
 
     index: int
@@ -84,6 +88,7 @@ class Batch:
     scenes: tuple[dict[str, Any], ...]
     positions: tuple[int, ...]
     latents: Latents | None = None
+    parts: tuple[str, ...] = ()
 
 
 class Part:
@@ -155,7 +160,8 @@ def make_batch(index: int, bucket: str, samples: Sequence[Encoded], positions: t
         BadImage: an image is not whole.
     """
     shapes = shapes_of(bucket)
-    rows = dict.fromkeys(shapes, len(samples)) | ({} if latents is None else {"tgt": 0})
+    pictured = latents is None and all("tgt" in sample.images for sample in samples)
+    rows = dict.fromkeys(shapes, len(samples)) | ({} if pictured else {"tgt": 0})
     images = {role: np.empty((rows[role], *shape, 3), np.uint8) for role, shape in shapes.items()}
     for role, pixels in images.items():
         for i in range(rows[role]):
@@ -306,4 +312,5 @@ class Loader:
         samples = [self.parts[part].read(row) for part, row in mine]
         positions = tuple(index * self.batch_size + first + i for i in range(share))
         cached = all(part in self.latents for part, _ in addresses)
-        return make_batch(index, size, samples, positions, self._latents(mine, samples) if cached else None)
+        batch = make_batch(index, size, samples, positions, self._latents(mine, samples) if cached else None)
+        return replace(batch, parts=tuple(part for part, _ in mine))

@@ -25,6 +25,8 @@ def save_samples(samples: Sequence[Sample], path: Path, columns: int = 6) -> Non
     for i, sample in enumerate(samples):
         x, y = 6 + i % columns * (wide + 14), 6 + i // columns * (SIDE + 22)
         for j, pixels in enumerate((*sample.references, sample.target)):
+            if pixels.size == 0:  # a mere prompt
+                continue
             image = Image.fromarray(pixels)
             scale = SIDE / max(image.size)
             sampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
@@ -52,7 +54,7 @@ def save_facts(folder: Path, path: Path) -> None:
     manifest = read_json(folder / "manifest.json")
     rows = read_table(folder / "rows.parquet", ["prompt", "images", "bucket"]).to_pylist()
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
-    targets = [row["images"][-1] for row in rows]
+    targets = [row["images"][-1] for row in rows if row["images"]]
     axes[0].scatter([image["found_width"] for image in targets], [image["found_height"] for image in targets], s=6, alpha=0.5)
     axes[0].set(title="targets as found", xlabel="width (pixels)", ylabel="height (pixels)")
     buckets = Counter(row["bucket"] for row in rows).most_common(12)

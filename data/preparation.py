@@ -92,7 +92,7 @@ def prepare_chunk(chunk: Chunk, folder: Path) -> ChunkReceipt:
                 continue
             offset = spool.tell()
             spool.write(b"".join(image.content for _, image in made))
-            rows.append({"record": number} | _row(record, made, offset))
+            rows.append({"record": number} | _row(record, made, offset, chunk.rules.image_size))
         spool.flush()
         os.fsync(spool.fileno())
     os.rename(temporary, files["spool"])
@@ -129,7 +129,9 @@ def prepare(
         reason, stage, message = fault
         return Refused(record.source_id, reason, stage, message, record.origin.get("path", record.source_id))
     lossless = record.category == "text_rendering"  # rendered letters must not pass through a lossy encoder
-    named = [(f"src.{i}", content) for i, content in enumerate(record.references)] + [("tgt", record.target)]
+    named = [(f"src.{i}", content) for i, content in enumerate(record.references)] + (
+        [] if record.target is None else [("tgt", record.target)]
+    )
     made = []
     for role, content in named:
         try:
@@ -137,21 +139,21 @@ def prepare(
         except BadImage as error:
             reference = record.origin.get("path", record.source_id)
             return Refused(record.source_id, error.reason, "image", str(error), reference, sha256_bytes(content))
-    target = made[-1][1]
-    if len(made) > 1 and all(image.pixel_hash == target.pixel_hash for _, image in made[:-1]):
+    if len(made) > 1 and all(image.pixel_hash == made[-1][1].pixel_hash for _, image in made[:-1]):
         message = "the target's pixels are its source's: nothing was edited"
-        return Refused(record.source_id, Reason.SAME_IMAGE, "image", message, record.source_id, target.found_sha256)
+        return Refused(record.source_id, Reason.SAME_IMAGE, "image", message, record.source_id, made[-1][1].found_sha256)
     return made
 
 
-def _row(record: Record, made: list[tuple[str, PreparedImage]], offset: int) -> dict[str, Any]:
+def _row(record: Record, made: list[tuple[str, PreparedImage]], offset: int, side: int) -> dict[str, Any]:
     images = []
     for role, image in made:
         facts = {name: getattr(image, name) for name in ("extension", "width", "height", "found_width", "found_height")}
         hashes = {name: getattr(image, name) for name in ("sha256", "found_sha256", "pixel_hash", "perceptual_hash")}
         images.append({"role": role, "offset": offset, "size": len(image.content), "changes": list(image.changes)} | facts | hashes)
         offset += len(image.content)
-    target, *references = [f"{image.width}x{image.height}" for _, image in (made[-1], *made[:-1])]
+    # The target's size first; of a mere prompt the square that will be drawn for it.
+    sizes = [f"{image.width}x{image.height}" for _, image in (*made[-1:], *made[:-1])] or [f"{side}x{side}"]
     return {
         "key": record.key,
         "source_id": record.source_id,
@@ -161,7 +163,7 @@ def _row(record: Record, made: list[tuple[str, PreparedImage]], offset: int) -> 
         "kind": record.kind,
         "prompt": record.prompt,
         "licence": record.licence,
-        "bucket": "<".join([target, *references]),  # the target's size, then those of what it was made from
+        "bucket": "<".join(sizes),  # the target's size, then those of what it was made from
         "images": images,
         "texts": packed(record.texts),
         "scores": packed(record.scores),

@@ -77,7 +77,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample of a source, as found: target and references are encoded image bytes.
+    """One sample of a source, as found: target and references are encoded image bytes; a mere prompt has no target.
 
     texts: further fields of the record (reasoning, render_text, negative_prompt); scores: columns such as aesthetic, nsfw, clip; origin:
     url, attribution, path, and of the catalogue's sets data_set and published (owner/name@revision); scene: the drawn world's own
@@ -90,7 +90,7 @@ class Record:
     category: str
     kind: str
     prompt: str
-    target: bytes
+    target: bytes | None
     references: tuple[bytes, ...]
     licence: str
     scene: dict[str, Any] | None = None
@@ -101,5 +101,5 @@ class Record:
     @property
     def key(self) -> str:
         """16 hex digits of where the record came from and what it holds."""
-        content = [sha256_bytes(image) for image in (self.target, *self.references)]
+        content = [sha256_bytes(image) for image in (self.target, *self.references) if image is not None]
         return sha256_json([self.source, self.source_id, self.task, self.prompt, content])[:16]

@@ -61,6 +61,22 @@ def find_removed(stage: str, config: MixtureConfig, data: DataConfig, shards: Pa
     return removed
 
 
+def find_contamination(config: MixtureConfig, data: DataConfig, shards: Path, root: Path) -> dict[str, dict[str, int]]:
+    """Evaluation set -> of how many prompts it is, and how many of its items lie in parts whose leaks the recipe allows by name: every
+    score of such a set is to be marked with it. What a drawn part may repeat, unless it is named, marks nothing."""
+    parts = [name for name, weight in config.parts.items() if weight > 0 and config.evaluation_leak.get(name) == "allow"]
+    if not parts:
+        return {}
+    index = evaluation_index(data, shards, root)
+    items: dict[str, set[str]] = {}
+    for name in parts:
+        for sample in read_table(shards / name / "rows.parquet", COLUMNS).to_pylist():
+            if found := index.leak(sample["prompt"], _hashes(sample)):
+                item = found.partition("]: ")[0]
+                items.setdefault(item.rpartition("[")[0], set()).add(item)
+    return {name: {"items": len(found), "of": index.prompts[name]} for name, found in sorted(items.items())}
+
+
 def leak_policy(config: MixtureConfig, data: DataConfig, name: str) -> LeakPolicy:
     """What happens to samples of a part that are in an evaluation set; with allow they are not looked for."""
     return config.evaluation_leak.get(name, "allow" if data.parts[name].source == "drawn" else "fail")

@@ -14,8 +14,8 @@ from runtime.files import sha256_json
 def find_duplicates(rows: pa.Table, policy: Deduplicate, distance: int) -> dict[int, Refused]:
     """Row number -> why it is not written, for every row that repeats an earlier one.
 
-    Exact: the same pixels, and for an edit the same instruction too. Near: perceptual hashes at most `distance` bits apart; for an edit
-    those of target and of the first source both.
+    Exact: the same pixels, and for an edit the same instruction too; of mere prompts the same words. Near: perceptual hashes at most
+    `distance` bits apart; for an edit those of target and of the first source both.
     """
     if policy == "none" or len(rows) == 0:
         return {}
@@ -24,9 +24,9 @@ def find_duplicates(rows: pa.Table, policy: Deduplicate, distance: int) -> dict[
     first: dict[str, int] = {}
     refused: dict[int, Refused] = {}
     for row, (made, prompt, task) in enumerate(zip(images, prompts, tasks, strict=True)):
-        identity = sha256_json([[image["pixel_hash"] for image in made], prompt if task == "image_edit" else None])
+        identity = sha256_json([[image["pixel_hash"] for image in made], prompt if task == "image_edit" or not made else None])
         if (earlier := first.setdefault(identity, row)) != row:
-            refused[row] = _refused(Reason.DUPLICATE, names[row], f"the pixels of {names[earlier]}", made)
+            refused[row] = _refused(Reason.DUPLICATE, names[row], f"the {'pixels' if made else 'words'} of {names[earlier]}", made)
     if policy == "exact":
         return refused
     kept = np.array([row for row in range(len(rows)) if row not in refused])
@@ -44,4 +44,4 @@ def find_duplicates(rows: pa.Table, policy: Deduplicate, distance: int) -> dict[
 
 
 def _refused(reason: Reason, source_id: str, message: str, images: list[dict[str, Any]]) -> Refused:
-    return Refused(source_id, reason, "dedup", message, source_id, images[-1]["found_sha256"])
+    return Refused(source_id, reason, "dedup", message, source_id, images[-1]["found_sha256"] if images else None)

@@ -8,12 +8,13 @@ from typing import Any
 
 from data.build import TABLES, Stopped, build_part, plan_chunks
 from data.catalog import load_catalog
+from data.config import MixtureConfig
 from data.data_sets import check_parts, located
 from data.loader import read_part
 from data.mixture import cycle, part_counts, resolve_mixture
 from data.pictures import save_facts, save_samples, save_shares
 from data.pinning import check_content
-from data.removal import find_removed, leak_policy
+from data.removal import find_contamination, find_removed, leak_policy
 from data.store import upload_tars
 from runtime.exits import Interrupted
 from runtime.files import write_json
@@ -105,23 +106,37 @@ def run_mixture(run: StageRun) -> None:
     """
     check_parts(run.params.data, load_catalog())
     stage = run.stage.key or ""
-    shards = run.root / "outputs" / "shards"
     config = run.params.mixture[stage]  # type: ignore[index]
+    mixture = _resolve(run, stage, config)
+    if config.auxiliary is not None:
+        mixture["auxiliary"] = _resolve(run, stage, config.auxiliary)
+    picture = run.folder / "shares.png"
+    save_shares(mixture, picture)
+    write_json(run.folder / "mixture.json", mixture)
+    run.publish(run.folder / "mixture.json")
+    samples = {f"{task} samples": sum(part["samples"] for part in parts) for task, parts in mixture["tasks"].items()}
+    taken = {f"{name} taken out": sum(rows.values()) for name, rows in mixture["taken_out"].items() if rows}
+    run.report({"mixture_hash": mixture["mixture_hash"], "cycle": ", ".join(cycle(mixture))} | samples | taken, {"shares": picture})
+
+
+def _resolve(run: StageRun, stage: str, config: MixtureConfig) -> dict[str, Any]:
+    shards = run.root / "outputs" / "shards"
     for name, weight in config.parts.items():
         if weight > 0 and (shards / name).is_dir():
             verify_part(shards / name, whole=False)
     removed = find_removed(stage, config, run.params.data, shards, run.root)
     mixture = resolve_mixture(stage, config, shards, {name: sorted(rows) for name, rows in removed.items()})
     names = [part["part"] for parts in mixture["tasks"].values() for part in parts]
-    mixture |= {
-        "realised": {"samples": COUNTED, "parts": part_counts(mixture, COUNTED)},
-        "evaluation_leak": {name: leak_policy(config, run.params.data, name) for name in names},
-        "taken_out": {name: dict(Counter(str(row.reason) for row in rows.values())) for name, rows in removed.items()},
-    }
-    picture = run.folder / "shares.png"
-    save_shares(mixture, picture)
-    write_json(run.folder / "mixture.json", mixture)
-    run.publish(run.folder / "mixture.json")
-    samples = {f"{task} samples": sum(part["samples"] for part in parts) for task, parts in mixture["tasks"].items()}
-    taken = {f"{name} taken out": len(rows) for name, rows in removed.items() if rows}
-    run.report({"mixture_hash": mixture["mixture_hash"], "cycle": ", ".join(cycle(mixture))} | samples | taken, {"shares": picture})
+    contamination = find_contamination(config, run.params.data, shards, run.root)
+    for name, found in contamination.items():
+        print(f"{stage}: {found['items']} of the {found['of']} items of {name} are trained on; its scores will say so", flush=True)
+    marked = {"contamination": contamination} if contamination else {}
+    return (
+        mixture
+        | marked
+        | {
+            "realised": {"samples": COUNTED, "parts": part_counts(mixture, COUNTED)},
+            "evaluation_leak": {name: leak_policy(config, run.params.data, name) for name in names},
+            "taken_out": {name: dict(Counter(str(row.reason) for row in rows.values())) for name, rows in removed.items()},
+        }
+    )

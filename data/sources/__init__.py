@@ -6,6 +6,7 @@ from pathlib import Path
 from data.config import PartConfig
 from data.sources.drawn import Drawn, read_record
 from data.sources.folder import Folder
+from data.sources.prompts import Prompts
 from data.sources.reader import Source
 from data.sources.rows import Rows
 from data.sources.tars import Tars
@@ -21,6 +22,7 @@ FORMATS: dict[str, Callable[[str, PartConfig, Path], Source]] = {
     "folder": Folder,  # images, captions beside them
     "table": Rows,  # JSON, JSONL, CSV, TSV, Parquet
     "webdataset": Tars,  # what img2dataset writes, and our own shards
+    "prompts": Prompts,  # a benchmark's or RL's prompt file, without pictures
     "hugging_face": Rows,  # a local folder: Parquet, or what save_to_disk wrote
 }
 

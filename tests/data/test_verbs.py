@@ -77,3 +77,24 @@ def test_a_verb_whose_reader_has_left_ends_quietly(verb: str):
     done = subprocess.run([sys.executable, "-m", "data", verb], cwd=REPO, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (exits.NO_READER, "")
+
+
+def test_a_recipe_s_prompts_are_looked_for_in_evaluation_files(recipe: Path, monkeypatch, capsys):
+    """Each file by itself: what two of them hold is told twice."""
+    test, other = recipe.with_name("test.txt"), recipe.with_name("other.jsonl")
+    test.write_text("Letter 3.\nscene 7\nscene 99\n")
+    other.write_text(json.dumps({"key": "a", "prompt": "letter 3"}) + "\n")
+    assert run(monkeypatch, "prompts", str(recipe), "--against", str(test), str(other)) == exits.DONE
+    told = capsys.readouterr().out.split("\n\n")[-1]
+    assert told.splitlines() == [
+        f"ocr: 1 of 10 prompts are in {test}",
+        "  ocr[3] is test.txt[0]: the same prompt",
+        f"general: 1 of 30 prompts are in {test}",
+        "  general[7] is test.txt[1]: the same prompt",
+        f"ocr: 1 of 10 prompts are in {other}",
+        "  ocr[3] is other.jsonl[0]: the same prompt",
+        f"general: 0 of 30 prompts are in {other}",
+    ]
+    assert run(monkeypatch, "prompts", str(recipe.with_name("letters.txt")), "--against", str(other)) == exits.DONE
+    assert f"letters.txt: 1 of 10 prompts are in {other}" in capsys.readouterr().out
+    assert run(monkeypatch, "prompts", str(recipe), "--against", str(recipe.with_name("gone.txt"))) == exits.FAILED
