@@ -243,15 +243,18 @@ def rollout_flops(
     rollout_steps: int,
     stochastic_steps: int,
     with_reference: bool,
-    with_auxiliary: bool,
+    auxiliary: float,
     checkpointing: bool = False,
 ) -> list[Flops]:
-    """One image of mr_grpo, by part: what its prompt shares with its group is divided by the group's size."""
+    """One image of mr_grpo, by part: what its prompt shares with its group is divided by the group's size.
+
+    auxiliary: real samples of the auxiliary loss, an image.
+    """
     vlm, T = config.vlm, config.connector.num_think_tokens
-    M, share = prompt_tokens + T, (2 if with_auxiliary else 1) / group_size
+    M, share = prompt_tokens + T, 1 / group_size + auxiliary
     dit = dit_forward(config.dit, config.vae.latent_channels, image_tokens(config, side), 0, M)
     once = dit.forward
-    updates = stochastic_steps + (1 / group_size if with_auxiliary else 0)
+    updates = stochastic_steps + auxiliary
     prompt, think = language_forward(vlm, prompt_tokens, prompt_tokens, vlm.layers), language_forward(vlm, T, M, vlm.layers)
     rows = [
         Flops("language model", share * (prompt.forward + think.forward), 0.0),
@@ -262,8 +265,8 @@ def rollout_flops(
     ]
     if with_reference:
         rows.append(Flops("dit, reference", stochastic_steps * once, 0.0))
-    if with_auxiliary:
-        rows.append(Flops("vae, encoder", encode_forward(config.vae, side) / group_size, 0.0))
+    if auxiliary:
+        rows.append(Flops("vae, encoder", auxiliary * encode_forward(config.vae, side), 0.0))
     return rows
 
 

@@ -299,9 +299,10 @@ def _amount(root: Path, params: Params, stage: Stage) -> float | None:
     """What a stage's time is proportional to: samples, times the passes of the model that each takes; 1 where there are none."""
     samples = _samples(root, params, stage)
     if stage.group == "evaluation":
-        passes = params.evaluation.sampling_steps * (1 if params.evaluation.guidance == 1 else 2)
+        passes = float(params.evaluation.sampling_steps * (1 if params.evaluation.guidance == 1 else 2))
     elif stage.group == "mr_grpo":
-        passes = params.mr_grpo.rollout_steps + 3 * params.mr_grpo.stochastic_steps  # an update is a pass forward and about two back
+        trained = params.mr_grpo.stochastic_steps + params.mr_grpo.auxiliary_per_image
+        passes = params.mr_grpo.rollout_steps + 3 * trained  # an update is a pass forward and about two back
     else:
         passes = 1
     return None if samples is None else max(samples, 1) * passes

@@ -26,13 +26,14 @@ def check_finite(root: Path, stage: Stage) -> Outcome:
 
 
 def check_samples(root: Path, stage: Stage) -> Outcome:
-    """Of a step that was skipped the samples are left behind: then there are more of them, never fewer."""
+    """Of a step that was skipped the samples are left behind, and mr_grpo.refill draws further ones: then there are more, never fewer."""
     metrics, config = _metrics(root, stage), getattr(load_params(root / "params.yaml"), stage.group)
     batch = config.prompts_per_step if stage.group == "mr_grpo" else config.batch_size
     seen, by_task, planned = metrics["samples_seen"], metrics["samples_by_task"], metrics["steps"] * batch
     measured = {"seen": seen, "planned": planned} | {f"seen {task}": n for task, n in by_task.items()}
     problems = []
-    if not (seen == planned or (metrics["steps_skipped"] and seen > planned)):
+    more = metrics["steps_skipped"] or getattr(config, "refill", 0)
+    if not (seen == planned or (more and seen > planned)):
         problems.append(f"saw {seen} samples, {metrics['steps']} steps of {batch} are {planned}")
     ratio = read_json(root / "outputs" / "mixture" / f"{stage.group}.json")["ratio"]
     for task, times in ratio.items():

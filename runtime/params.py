@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import ValidationError, model_validator
 
-from data.config import DataConfig, MixtureConfig
+from data.config import DataConfig, MixtureConfig, StageMixtureConfig
 from model.config import FoundationConfig, ModelConfig
 from orchestration.config import BudgetConfig, GatesConfig, RegistryConfig, RetrainConfig
 from runtime.config import NoticesConfig
@@ -29,7 +29,7 @@ class Params(Settings):
 
     preset: str
     data: DataConfig
-    mixture: dict[Literal["alignment", "sft", "mr_grpo"], MixtureConfig]
+    mixture: dict[Literal["alignment", "sft", "mr_grpo"], StageMixtureConfig]
     foundation: FoundationConfig
     model: ModelConfig
     latents: LatentsConfig
@@ -48,21 +48,26 @@ class Params(Settings):
     def _parts_exist(self) -> Self:
         if set(self.mixture) != set(STAGES):
             raise ValueError(f"mixture: names {sorted(self.mixture)}, must name each of {list(STAGES)}")
-        used = [(f"mixture.{stage}.parts", name) for stage, mixture in self.mixture.items() for name in mixture.parts]
+        mixtures: dict[str, MixtureConfig] = {f"mixture.{stage}": mixture for stage, mixture in self.mixture.items()}
+        if self.mixture["mr_grpo"].auxiliary is not None:
+            mixtures["mixture.mr_grpo.auxiliary"] = self.mixture["mr_grpo"].auxiliary
+        used = [(f"{key}.parts", name) for key, mixture in mixtures.items() for name in mixture.parts]
         used += [("latents.parts", name) for name in self.latents.parts]
         used += [("evaluation.parts", name) for name in self.evaluation.parts]
         for key, name in used:
             if name not in self.data.parts:
                 raise ValueError(f"{key}: names {name!r}, which data.parts lacks; allowed: {sorted(self.data.parts)}")
+            if self.data.parts[name].source == "prompts" and key != "mixture.mr_grpo.parts":
+                raise ValueError(f"{key}: names {name!r}, which has prompts and no pictures; only mixture.mr_grpo.parts may")
             split = self.data.parts[name].split
             if (split == "evaluation") != (key == "evaluation.parts"):
                 raise ValueError(f"{key}: {name!r} is of the {split} split; training reads no evaluation part, and evaluation no other")
-        for stage, mixture in self.mixture.items():
+        for key, mixture in mixtures.items():
             for task, share in mixture.ratio.items():
                 weight = sum(w for name, w in mixture.parts.items() if self.data.parts[name].task == task)
                 if share > 0 and weight <= 0:
                     raise ValueError(
-                        f"mixture.{stage}: ratio.{task} is {share}, but the weights of its {task} parts sum to {weight}; must be above 0"
+                        f"{key}: ratio.{task} is {share}, but the weights of its {task} parts sum to {weight}; must be above 0"
                     )
         return self
 
@@ -93,12 +98,30 @@ class Params(Settings):
                     f"x launch.processes {self.launch.processes} x mixture ratio sum {cycle}), so that every step sees the exact ratio; "
                     f"nearest: {', '.join(str(size) for size in (below, below + unit) if size)}"
                 )
-        images = self.mr_grpo.prompts_per_step * self.mr_grpo.group_size
-        if images % (self.mr_grpo.micro_batch_size * self.launch.processes):
-            raise ValueError(
-                f"mr_grpo.micro_batch_size: {self.mr_grpo.micro_batch_size} x launch.processes {self.launch.processes} must divide "
-                f"prompts_per_step x group_size = {images}"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _reinforcement_fits(self) -> Self:
+        config, ranks, mixture = self.mr_grpo, self.launch.processes, self.mixture["mr_grpo"]
+        if config.prompts_per_step % ranks:
+            raise ValueError(f"mr_grpo.prompts_per_step: {config.prompts_per_step} must be a multiple of launch.processes, {ranks}")
+        real = mixture.auxiliary
+        for stage in ("alignment", "sft"):
+            if self.mixture[stage].auxiliary is not None:  # type: ignore[index]
+                raise ValueError(f"mixture.{stage}.auxiliary: given; allowed: null, for mr_grpo alone has an auxiliary loss")
+        if (config.auxiliary is None) != (real is None):
+            given, lacking = ("mr_grpo.auxiliary", "mixture.mr_grpo.auxiliary")[:: 1 if real is None else -1]
+            raise ValueError(f"{given}: given, but {lacking} is null; allowed: both, or neither")
+        if config.auxiliary is not None and real is not None:
+            unit = sum(real.ratio.values()) * ranks
+            if config.auxiliary.batch_size % unit:
+                raise ValueError(
+                    f"mr_grpo.auxiliary.batch_size: {config.auxiliary.batch_size} must be a multiple of {unit} (ratio sum of "
+                    f"mixture.mr_grpo.auxiliary x launch.processes {ranks})"
+                )
+        for part in config.part_rewards:
+            if part not in mixture.parts:
+                raise ValueError(f"mr_grpo.part_rewards: names {part!r}, which mixture.mr_grpo.parts lacks: {sorted(mixture.parts)}")
         return self
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.exits import DONE, INTERRUPTED, Interrupted, Plain, StopRequest
-from runtime.files import read_json, sha256_file, sha256_json, sha256_path, write_json
+from runtime.files import read_json, sha256_file, sha256_json, sha256_path, tensors_digest, write_json
 from runtime.mlflow_store import open_store
 from runtime.params import ParamsError, check_params, check_settings, parse_params
 from runtime.progress import Progress
@@ -31,7 +31,8 @@ from training.config import ExperimentConfig
 ROOMS = ("data", "model", "training", "runtime")
 SHARED = (*ROOMS, "dvc.yaml", "takedown.txt", "foundation")
 SECTIONS = ("data", "mixture", "foundation", "model", "latents", "alignment", "sft", "evaluation", "launch")  # that a result depends on
-STAGES = ("alignment", "sft")
+SUPERVISED, REINFORCED = ("alignment", "sft"), ("mr_grpo",)
+START = "start"  # the configuration that trains nothing: the model that mr_grpo starts from
 STATE = "state.json"  # of an item: its digests, the stages that are done, their seconds
 
 
@@ -55,6 +56,8 @@ class Item:
     digests: dict[str, str]
     root: Path
     own_evaluation: bool  # its evaluation parts have another number of samples than the project's
+    trained: tuple[str, ...] = SUPERVISED
+    guidances: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,13 +72,22 @@ class Item:
         return self.root / "outputs" / "ablations" / self.experiment / self.name
 
     @property
+    def scored(self) -> str:
+        """The last stage, whose samples are kept where mr_grpo trains."""
+        return "sft" if self.configuration == START else self.trained[-1]
+
+    @property
     def stages(self) -> list[str]:
+        """In order. "evaluation@mr_grpo at 2.0" is the evaluation at that guidance."""
         parts = [f"shards@{part}" for part in self.values["evaluation"]["parts"]] if self.own_evaluation else []
-        trained = [name for stage in STAGES for name in (stage, f"evaluation@{stage}")]
-        return [*parts, "mixture@alignment", "mixture@sft", "foundation", "latents", *trained]
+        if self.trained == SUPERVISED:
+            trained = [name for stage in self.trained for name in (stage, f"evaluation@{stage}")]
+            return [*parts, "mixture@alignment", "mixture@sft", "foundation", "latents", *trained]
+        trained = [] if self.configuration == START else ["mixture@mr_grpo", "mr_grpo"]
+        return [*parts, *trained, *(f"evaluation@{self.scored} at {guidance}" for guidance in self.guidances)]
 
     def steps(self, stage: str) -> int:
-        return self.values[stage]["steps"] if stage in STAGES else 0
+        return self.values[stage]["steps"] if stage in self.trained else 0
 
 
 def load_experiment(root: Path, name: str) -> ExperimentConfig:
@@ -109,16 +121,50 @@ def plan_items(root: Path, name: str, samples: int | None = None) -> list[Item]:
     values = parse_params(preset.read_text(), preset.name)
     configurations = experiment.configurations()
     planned = []
+    if experiment.stages == REINFORCED:
+        configurations = {START: {}} | configurations
     for seed in range(experiment.seeds):
         for configuration, overrides in configurations.items():
+            if configuration == START and seed:
+                continue
             own = item_values(values, experiment, overrides, seed, samples) | {"registry": values["registry"] | {"experiment": name}}
             check_params(own, f"{configuration} of ablations/{name}.yaml")
             planned.append((configuration, seed, overrides, own))
     shared = shared_digests(root, planned[0][3], experiment.preset, samples is not None)
+    sections: tuple[str, ...] = SECTIONS
+    guidances: tuple[float, ...] = ()
+    if experiment.stages == REINFORCED:
+        shared["start"], sections = start_digest(root), (*SECTIONS, "mr_grpo")
+        guidances = experiment.guidances or (values["evaluation"]["guidance"],)
     return [
-        Item(name, configuration, seed, overrides, own, shared | {"params": params_digest(own)}, root, samples is not None)
+        Item(
+            name,
+            configuration,
+            seed,
+            overrides,
+            own,
+            shared | {"params": params_digest(own, sections, guidances)},
+            root,
+            samples is not None,
+            experiment.stages,
+            guidances,
+        )
         for configuration, seed, overrides, own in planned
     ]
+
+
+def start_digest(root: Path) -> str:
+    """Of the weights that mr_grpo starts from.
+
+    Raises:
+        FileNotFoundError: they are not there.
+    """
+    model = root / "outputs" / "sft" / "model"
+    if not model.is_dir():
+        raise FileNotFoundError(
+            "outputs/sft is missing: experiments with mr_grpo start from it. Train it: `dvc repro sft`, or `deepgen run`."
+        )
+    return tensors_digest(model)
 
 
 def item_values(
@@ -126,7 +172,7 @@ def item_values(
 ) -> dict[str, Any]:
     """params.yaml of one item: the preset with fewer steps, overridden by dotted keys, with its own seeds of weights, noise and order."""
     values = copy.deepcopy(preset)
-    for stage in STAGES:
+    for stage in experiment.stages:
         values[stage]["steps"] = max(1, round(values[stage]["steps"] * experiment.share_of_steps))
     for dotted, value in (experiment.overrides | overrides).items():
         *sections, key = dotted.split(".")
@@ -136,17 +182,20 @@ def item_values(
             if not isinstance(place, dict):
                 raise ParamsError(f"override {dotted}: {section} holds no keys in presets/{experiment.preset}.yaml; override it as a whole")
         place[key] = value
-    for stage in STAGES:
+    for stage in experiment.stages:
         values[stage]["seed"] = seed
         values["mixture"][stage]["seed"] += 100 * seed
+        if values["mixture"][stage].get("auxiliary"):
+            values["mixture"][stage]["auxiliary"]["seed"] += 100 * seed
+            values[stage]["auxiliary"] |= {"seed": seed}
     if samples is not None:
         for part in values["evaluation"]["parts"]:
             values["data"]["parts"][part]["samples"] = samples
     return values
 
 
-def params_digest(values: dict[str, Any]) -> str:
-    return sha256_json({section: values[section] for section in SECTIONS})
+def params_digest(values: dict[str, Any], sections: tuple[str, ...] = SECTIONS, guidances: tuple[float, ...] = ()) -> str:
+    return sha256_json({section: values[section] for section in sections} | ({"guidances": list(guidances)} if guidances else {}))
 
 
 def shared_digests(root: Path, values: dict[str, Any], preset: str, own_evaluation: bool) -> dict[str, str]:
@@ -212,8 +261,8 @@ def run_items(root: Path, name: str, items: list[Item], todo: list[Item], jobs: 
             raise Locked(f"{folder.relative_to(root)} is being written by another `ablate {name}`; wait or stop it.")
         paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": open_store(folder, name)}
-        total = sum(item.steps(stage) for item in items for stage in STAGES)
-        left = sum(item.steps(stage) for item in todo for stage in STAGES if stage not in read_state(item)["done"])
+        total = sum(item.steps(stage) for item in items for stage in item.stages)
+        left = sum(item.steps(stage) for item in todo for stage in item.stages if stage not in read_state(item)["done"])
         with Progress(total, "step", f"ablate {name}", start=total - left) as progress, ThreadPoolExecutor(jobs) as pool:
             writing = threading.Lock()
 
@@ -269,6 +318,8 @@ def make_project(item: Item) -> None:
     for part in item.values["data"]["parts"]:
         if part not in own:  # hard links: a digest does not follow symbolic ones, and nothing published is written in place
             shutil.copytree(item.root / "outputs" / "shards" / part, shards / part, copy_function=os.link)
+    for name in ("sft", "latents") if item.trained == REINFORCED else ():
+        shutil.copytree(item.root / "outputs" / name, item.project / "outputs" / name, copy_function=os.link)
     write_json(item.project / "params.yaml", item.values)  # JSON is YAML
     write_json(item.project / STATE, read_state(item))
 
@@ -288,16 +339,22 @@ def run_item(item: Item, environment: dict[str, str], stop: StopRequest, advance
             raise Interrupted(f"stopped before {stage} of {item.name}; the same command goes on")
         print(f"{item.name}: {stage}, as told in {log.relative_to(item.root)}", flush=True)
         began = time.monotonic()
-        code = run_command(commands[stage].cmd, item.project, log, environment, stop)
+        command, _, guidance = stage.partition(" at ")
+        if guidance:
+            values = item.values | {"evaluation": item.values["evaluation"] | {"guidance": float(guidance)}}
+            write_json(item.project / "params.yaml", values)
+        code = run_command(commands[command].cmd, item.project, log, environment, stop)
         state["seconds"][stage] = round(state["seconds"].get(stage, 0.0) + time.monotonic() - began, 1)
         if code == DONE:
+            if guidance:
+                keep_scores(item, guidance)
             state["done"].append(stage)
         write_json(item.project / STATE, state)
         if code == INTERRUPTED or (code < 0 and stop):  # a command that was still importing dies of the signal
             raise Interrupted(f"stopped in {stage} of {item.name}; the same command goes on")
         if code != DONE:
             last = "\n".join(log.read_text().splitlines()[-20:])
-            raise StageFailed(f"{item.name}: `{commands[stage].cmd}` ended with {code}, see {log.relative_to(item.root)}:\n{last}")
+            raise StageFailed(f"{item.name}: `{commands[command].cmd}` ended with {code}, see {log.relative_to(item.root)}:\n{last}")
         if steps := item.steps(stage):
             advance(steps)
     write_json(item.result, result_of(item, state["seconds"]))
@@ -326,20 +383,64 @@ def run_command(command: str, folder: Path, log: Path, environment: dict[str, st
     return process.returncode
 
 
+def scores_of(item: Item, guidance: str) -> Path:
+    return item.project / "outputs" / f"scores-{guidance}"
+
+
+def keep_scores(item: Item, guidance: str) -> None:
+    """The evaluation that was just made, under its guidance: the next one is made in the same place."""
+    shutil.rmtree(scores_of(item, guidance), ignore_errors=True)
+    (item.project / "outputs" / "evaluation" / item.scored).rename(scores_of(item, guidance))
+
+
 def result_of(item: Item, seconds: dict[str, float]) -> dict[str, Any]:
-    """What is kept of an item: per stage its steps, parameters, losses, model digest, and scores with 95% intervals (Wilson)."""
-    stages = {}
-    for stage in STAGES:
-        metrics = read_json(item.project / "outputs" / stage / "metrics.json")
-        evaluation = item.project / "outputs" / "evaluation" / stage
-        scores = read_json(evaluation / "metrics.json")
-        stages[stage] = metrics | {"model_digest": read_json(evaluation / "gates.json")["model_digest"], "evaluation": scores}
-    return {
+    """What is kept of an item: per stage its steps, parameters, losses, model digest, and scores with 95% intervals (Wilson).
+
+    Of mr_grpo also what became of each sample, at each guidance, so that it can be compared with the start's.
+    """
+    result = {
         "experiment": item.experiment,
         "configuration": item.configuration,
         "seed": item.seed,
         "overrides": item.overrides,
         "digests": item.digests,
-        "stages": stages,
         "seconds": seconds,
     }
+    if item.trained == REINFORCED:
+        trained = {} if item.configuration == START else read_json(item.project / "outputs" / "mr_grpo" / "metrics.json")
+        return result | {"stages": {"mr_grpo": trained}, "guidances": {str(g): outcomes(item, str(g)) for g in item.guidances}}
+    stages = {}
+    for stage in item.trained:
+        metrics = read_json(item.project / "outputs" / stage / "metrics.json")
+        evaluation = item.project / "outputs" / "evaluation" / stage
+        scores = read_json(evaluation / "metrics.json")
+        stages[stage] = metrics | {"model_digest": read_json(evaluation / "gates.json")["model_digest"], "evaluation": scores}
+    return result | {"stages": stages}
+
+
+def outcomes(item: Item, guidance: str) -> dict[str, Any]:
+    """Task -> scores, and of each sample in its order: strict, the weighted mean of the trained rewards, the held-out reward; "-" where
+    none applies."""
+    folder, config = scores_of(item, guidance), item.values["mr_grpo"]
+    scores, kept = read_json(folder / "metrics.json"), {}
+    for task, rows in read_json(folder / "samples.json").items():
+        rewards = [weighted(row["parts"], config["rewards"]) for row in rows]
+        held_out = [row["parts"].get(config.get("held_out_reward")) for row in rows]
+        kept[task] = {
+            "evaluation": scores[task],
+            "samples": sha256_json([row["key"] for row in rows]),
+            "strict": "".join(str(int(row["strict"])) for row in rows),
+            "rewards": spelled(rewards),
+            "held_out": spelled(held_out),
+        }
+    return kept
+
+
+def weighted(parts: dict[str, float], weights: dict[str, float]) -> float | None:
+    """Mean of the parts that are rewarded, by weight; None where none is."""
+    total = sum(weight for name, weight in weights.items() if name in parts)
+    return sum(weight * parts[name] for name, weight in weights.items() if name in parts) / total if total else None
+
+
+def spelled(values: list[float | None]) -> str:
+    return " ".join("-" if value is None else f"{value:.4g}" for value in values)

@@ -122,7 +122,7 @@ class TrainState:
 
 def fault(point: str, step: int) -> None:
     """For kill tests: die here where DEEPGEN_FAULT says so, as `save:before_rename`, or `save:before_rename:200` for that step alone."""
-    if os.environ.get("DEEPGEN_FAULT") in (f"save:{point}", f"save:{point}:{step}"):
+    if os.environ.get("DEEPGEN_FAULT") in (point, f"{point}:{step}"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -196,22 +196,22 @@ class Checkpoints:
         step = step_of(final)
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
-        fault("before_write", step)
+        fault("save:before_write", step)
         try:
             temporary.mkdir()
             for name, tensors in files.items():
                 save_file(tensors, temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(facts + "\n")
-            fault("after_files", step)
+            fault("save:after_files", step)
             write_json(temporary / "complete.json", {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
             fsync_tree(temporary)
-            fault("before_rename", step)
+            fault("save:before_rename", step)
             os.rename(temporary, final)
             fsync_folder(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._cannot_save(final, needed, str(error)) from error
-        fault("after_rename", step)
+        fault("save:after_rename", step)
         self._prune()
 
     def _cannot_save(self, final: Path, needed: int, why: str) -> CannotSave:

@@ -121,7 +121,7 @@ def stage_flops(params: Params, stage: str, prompt_tokens: int) -> list[Flops]:
             config.rollout_steps,
             config.stochastic_steps,
             config.kl_weight > 0,
-            config.sft_weight > 0,
+            config.auxiliary_per_image,
             params.launch.gradient_checkpointing,
         )
     rows: dict[str, Flops] = {}
@@ -227,7 +227,7 @@ def memory_of(params: Params, stage: str, weights: Weights, ranks: int, sharding
     elements = activation_elements(
         params.model, stage, params.data.image_size, prompt_tokens, references, params.launch.gradient_checkpointing
     )
-    ema = whole * FP32 * weights.trained if stage != "mr_grpo" and getattr(params, stage).ema_decay else 0.0
+    ema = whole * FP32 * weights.trained if getattr(params, stage).ema_decay else 0.0
     activations = batch_of(params, stage)[1] * elements * compute
     return Memory(held, states * FP32 * weights.trained, states * 2 * FP32 * weights.trained, ema, activations)
 

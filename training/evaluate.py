@@ -1,6 +1,7 @@
 """Scores, pictures and gates of the model after a stage, on the evaluation split."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def run_evaluation(run: StageRun, stage: str) -> None:
                 if name in metrics
             ],
         }
+        trained = run.root / "outputs" / stage / "metrics.json"
+        marks = read_json(trained).get("contamination", {}) if trained.is_file() else {}
+        if marks:
+            gates["contamination"] = marks
+            tracker.tag(contamination=spell_marks(marks))
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "gates.json", gates)
         write_json(folder / "samples.json", samples_by_task)
@@ -69,10 +75,17 @@ def run_evaluation(run: StageRun, stage: str) -> None:
             tracker.picture(picture)
         run.publish(folder)
         run.report({f"{task}_strict": row["strict"] for task, row in metrics.items()}, pictures)
+    if marks:
+        print(f"{stage}: {spell_marks(marks)}: scores of these sets are not held out", flush=True)
     for task, row in metrics.items():
         kinds = "  ".join(f"{kind} {value['strict']:.2f}" for kind, value in row["kinds"].items())
         low, high = row["interval_95"]
         print(f"{stage} {task}: {row['strict']:.3f} strict, 95% [{low:.3f}, {high:.3f}], n {row['n']}  {kinds}", flush=True)
+
+
+def spell_marks(marks: Mapping[str, Mapping[str, int]]) -> str:
+    """What every score of a model that was trained on evaluation items must say."""
+    return "trained on " + ", ".join(f"{row['items']} of {row['of']} items of {name}" for name, row in sorted(marks.items()))
 
 
 def worst(scored: list[Scored]) -> list[Scored]:

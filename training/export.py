@@ -8,6 +8,7 @@ from pathlib import Path
 from runtime.fetched import foundation_wants
 from runtime.files import read_json, sha256_file, tensors_digest, write_atomic, write_json
 from runtime.stage import StageRun
+from training.evaluate import spell_marks
 
 SEED = 7
 FRESH = """
@@ -42,12 +43,14 @@ def run_export(run: StageRun) -> None:
     shutil.copytree(source, folder)
     scores = read_json(run.root / "outputs" / "evaluation" / "mr_grpo" / "metrics.json")
     digest = tensors_digest(folder)
+    gates = read_json(run.root / "outputs" / "evaluation" / "mr_grpo" / "gates.json")
     facts = {
         "model_digest": digest,
         "preset": run.params.preset,
         "digests": run.digests,
         "parents": {stage: tensors_digest(run.root / "outputs" / stage / "model") for stage in ("mr_grpo",)},
         "evaluation": {task: {"strict": row["strict"], "n": row["n"]} for task, row in scores.items()},
+        "contamination": gates.get("contamination", {}),
         "licences": sorted({part.licence for part in run.params.data.parts.values()}),
         "upstream": carry_licences(run, folder),
     }
@@ -121,10 +124,14 @@ pipe("a red circle left of a blue square", num_inference_steps=12, guidance_scal
 | task | strictly right | n |
 |---|---|---|
 {scores}
-
+{marked(facts)}
 Trained on data under {", ".join(facts["licences"])}.{grown_from(facts)}
 `provenance.json` says from what, `proof.json` that it was loaded alone; `files.json` holds a sha256 a file.
 """
+
+
+def marked(facts: dict) -> str:
+    return f"\nIt was {spell_marks(facts['contamination'])}: scores of these sets are not held out.\n" if facts.get("contamination") else ""
 
 
 def grown_from(facts: dict) -> str:

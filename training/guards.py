@@ -66,13 +66,14 @@ class Guard:
         """A micro-batch of the step to come, with this rank's losses (B,)."""
         self.seen.append((batch, loss_B.detach()))
 
-    def refuses(self, loss: float, norm: float, rate: float) -> bool:
+    def refuses(self, loss: float, norm: float, rate: float, why: str = "") -> bool:
         """Whether the step must not be taken, decided alike on every rank; after `rollback_after` in a row the state is rolled back.
 
         Args:
             loss: mean over all ranks and micro-batches.
             norm: of the gradient, over all parameters.
             rate: learning rate that the step would have.
+            why: the stage itself refuses it, for this reason: it is counted as skipped, and as no bad step in a row.
 
         Raises:
             NonFiniteLoss: `stop_after` steps were bad; what they were is in `bad_steps.json` of the run folder.
@@ -84,6 +85,12 @@ class Guard:
         bad, spike = self._any_rank(not finite, spike)
         counts = self.state.guard
         counts["spikes"] += spike
+        if why:
+            counts["skipped"] += 1
+            self._log("skip", f"{why}: no weight is changed", {"step": self.state.step + 1, "why": why, "ranks": []})
+            if counts["skipped"] >= self.config.stop_after:
+                self._stop({"step": self.state.step + 1, "loss": number(loss), "grad_norm": number(norm), "why": why, "ranks": []})
+            return True
         if not (bad or spike):
             counts["streak"] = 0
             return False

@@ -18,3 +18,8 @@ def clipped_ratio_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tenso
 def velocity_kl(velocity: Tensor, reference_velocity: Tensor, std: Tensor | float) -> Tensor:
     """(B,) squared velocity difference over twice the step's variance (MR-GRPO's "v-based" KL to the frozen reference)."""
     return (velocity.float() - reference_velocity.float()).pow(2).flatten(1).mean(1) / (2 * std**2 + 1e-7)
+
+
+def kernel_kl(mean: Tensor, reference_mean: Tensor, std: Tensor | float) -> Tensor:
+    """(B,) exact KL divergence of two Gaussian steps of one deviation, over the number of elements."""
+    return ((mean.float() - reference_mean.float()) ** 2 / (2 * std**2)).flatten(1).mean(1)

@@ -188,7 +188,7 @@ def _measure_stage(params: Params, stage: str, prompt_tokens: int, device: torch
         update = timed(dit_pass(params, model, prompt_tokens, micro, train=True))
         rollout = timed(dit_pass(params, model, prompt_tokens, micro, train=False))
         config = params.mr_grpo
-        updates = config.stochastic_steps + (1 / config.group_size if config.sft_weight else 0)
+        updates = config.stochastic_steps + config.auxiliary_per_image
         seconds = batch / micro * (config.rollout_steps * rollout + updates * update)
     else:
         model.train()

@@ -16,6 +16,7 @@ from runtime.environment import git_state
 from runtime.files import read_json, sha256_file, write_atomic
 from runtime.params import STAGES
 from training.batching import batched
+from training.evaluate import spell_marks
 from training.pictures import draw_curves, save_grid
 
 TITLES = {"text_to_image": "generation", "image_edit": "editing"}
@@ -152,7 +153,7 @@ def curves_plot(root: Path, dark: bool = False) -> bytes:
         history = read_json(root / "outputs" / stage / "history.json")
         names = sorted({name for row in history for name in row})
         if "reward" in names:
-            panels.append((f"{stage}: reward", history, ["reward"]))
+            panels.append((f"{stage}: reward", history, [name for name in ("reward", "held_out_reward") if name in names]))
             panels.append((f"{stage}: its parts", history, [name for name in names if name.startswith("reward_")]))
         else:
             panels.append((f"{stage}: loss", history, [name for name in LOSSES if name in names]))
@@ -182,6 +183,7 @@ def write_page(root: Path, path: Path, figures: Named, runs: Named, scores: Name
         "accuracy_plot": _both(
             folder / "accuracy.png", accuracy_plot(figures["accuracy"], STAGES, dark=True), "accuracy by category and stage"
         ),
+        "strips": "".join(_strips(root)),
         "curves_plot": _both(folder / "curves.png", curves_plot(root, dark=True), "losses and rewards over steps"),
         "samples": "".join(_samples(shown_samples(_stage_folders(root), scores))),
         "behind": _behind(runs),
@@ -204,8 +206,11 @@ def _facts(root: Path, figures: Named, runs: Named, n: Mapping[str, int]) -> str
     sampling = figures["sampling"]
     commits = sorted({_commit(row["commit"], row["dirty"]) for row in runs.values()})
     ends = sorted(row["ended"] for row in runs.values())
+    gates = {stage: read_json(folder / "gates.json") for stage, folder in _stage_folders(root).items()}
+    marks = {stage: spell_marks(row["contamination"]) for stage, row in gates.items() if row.get("contamination")}
     return _pairs(
-        {
+        {f"{stage} is not held out": escape(words) for stage, words in marks.items()}
+        | {
             "preset": escape(figures["preset"]),
             "params.yaml": f"<code>{sha256_file(root / 'params.yaml')[:12]}</code>",
             "runs": f"{ends[0]} to {ends[-1]}, at commit {_join(commits)}" if ends else "not made in this clone",
@@ -309,6 +314,19 @@ def _samples(shown: Mapping[str, Sequence[Named]]) -> Iterator[str]:
                 yield f"<figcaption>{mark}{name}</figcaption></figure>"
             yield "</div></div>"
         yield "</div>"
+
+
+def _strips(root: Path) -> Iterator[str]:
+    pictures = sorted((root / "outputs" / STAGES[-1] / "strips").glob("*.png"))
+    if pictures:
+        yield "<h2>What the rewards tell apart</h2>"
+        yield "<p>Of some updates, for each reward, the picture that it liked best of the group that it told apart most, and below it the "
+        yield "one of the same prompt that it liked least. A reward that is being fooled shows here first.</p>"
+    for picture in pictures:
+        with Image.open(picture) as image:
+            source = _uri(_encoded(image.convert("RGB")))
+        yield f'<div class="card" style="margin-top: 14px"><h3>{escape(picture.stem.replace("-", " "))}</h3>'
+        yield f'<img class="plot" style="width: auto; max-width: 100%" alt="best and worst, {escape(picture.stem)}" src="{source}"></div>'
 
 
 def _encoded(image: Image.Image) -> bytes:

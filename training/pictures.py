@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,20 @@ def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
         average = weight * average + (1 - weight) * value
         smooth.append(average / (1 - weight**i))
     return smooth
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture uint8 (H, W, 3) and what a reward says of it."""
+
+    reward: str
+    prompt: str
+    value: float
+    image: np.ndarray
+
+
+def save_strips(shown: Sequence[Shown], path: Path) -> None:
+    """The best picture of each reward, and below it the worst: `shown` has them in pairs."""
+    rows = [shown[::2], shown[1::2]]
+    captions = [[f"{row.value:.2f} {row.reward}: {row.prompt}" for row in strip] for strip in rows]
+    save_grid([[row.image for row in strip] for strip in rows], path, captions, scale=max(1, 128 // shown[0].image.shape[1]))

@@ -3,6 +3,7 @@
 import shutil
 from typing import Any
 
+from data.loader import spread_rows
 from data.mixture import task_counts
 from model.deepgen import DeepGen
 from model.lora import lora_targets
@@ -12,8 +13,11 @@ from runtime.files import read_json, tensors_digest, write_json
 from runtime.stage import StageRun, rank
 from training.checkpoint import TrainState
 from training.pictures import save_curves
+from training.stages import parent_of
 from training.tracking import Tracker
 from training.validation import LOSS, STOPPED, draw_board, held_out_loss
+
+STRIPS = 4  # updates of mr_grpo whose best and worst pictures are published, the last among them
 
 
 def publish_stage(run: StageRun, stage: str, model: DeepGen, state: TrainState, tracker: Tracker) -> None:
@@ -32,6 +36,8 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, state: TrainState, 
         "parameters": read_json(run.folder / "parameters.json"),
         "held_out_loss": {"before": read_json(run.folder / "before.json"), "after": held_out_loss(run, model)},
     }
+    if marks := contamination_of(run, stage):
+        metrics["contamination"] = marks
     if history and STOPPED in history[-1]:
         metrics["stopped_early_at"] = len(history)
     for name in ("loss", "reward"):
@@ -43,9 +49,13 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, state: TrainState, 
     columns = {name for row in history for name in row}  # in each row, for DVC plots tables without holes alone
     write_json(folder / "history.json", [{name: row.get(name) for name in columns} for row in history])
     heads = sorted(name for name in columns if name.startswith("reward_"))
-    drawn = ["reward", *heads] if heads else ["loss", "loss_text_to_image", "loss_image_edit", LOSS]
+    drawn = ["reward", "held_out_reward", *heads] if heads else ["loss", "loss_text_to_image", "loss_image_edit", LOSS]
     save_curves(history, [name for name in drawn if name in columns], folder / "curves.png", stage)
     draw_board(run, model, folder / "grid.png")
+    strips = sorted((run.folder / "strips").glob("*.png"))
+    for strip in [strips[-1 - i] for i in spread_rows(len(strips), STRIPS)]:
+        (folder / "strips").mkdir(exist_ok=True)
+        shutil.copyfile(strip, folder / "strips" / strip.name)
     for picture in ("curves.png", "grid.png"):
         tracker.picture(folder / picture)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
@@ -55,6 +65,17 @@ def publish_stage(run: StageRun, stage: str, model: DeepGen, state: TrainState, 
     shown = {"curves": run.out / "curves.png", "samples": run.out / "grid.png"}
     run.publish(folder)
     run.report(numbers | losses, shown)
+
+
+def contamination_of(run: StageRun, stage: str) -> dict[str, dict[str, int]]:
+    """Evaluation set -> items of it that this stage or one before was trained on, and of how many: what their mixtures allowed."""
+    parent = run.root / "outputs" / str(parent_of(stage, run.params)) / "metrics.json"
+    marks: dict[str, dict[str, int]] = read_json(parent).get("contamination", {}) if parent.is_file() else {}
+    mixture = read_json(run.root / "outputs" / "mixture" / f"{stage}.json")
+    for found in (mixture.get("contamination", {}), (mixture.get("auxiliary") or {}).get("contamination", {})):
+        for name, row in found.items():
+            marks[name] = max(marks.get(name, row), row, key=lambda each: each["items"])
+    return marks
 
 
 def samples_by_task(run: StageRun, stage: str, state: TrainState) -> dict[str, int]:

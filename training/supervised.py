@@ -1,6 +1,5 @@
-"""Alignment and SFT: one loop. batch -> latents -> noise -> velocity -> loss -> step (paper sections 3.1, 3.2)."""
+"""Alignment and SFT: what their step is. batch -> latents -> noise -> velocity -> loss -> step (paper sections 3.1, 3.2)."""
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from data.loader import Batch, Loader
 from model.config import ModelConfig
@@ -18,26 +16,23 @@ from model.flow import interpolate, sigmas_at, velocity_target
 from model.lora import merge_lora
 from model.vae import posterior_of, scale_latents, to_pixels
 from model.weights import WeightsMismatch, load_foundation, load_model
-from runtime.exits import Interrupted
 from runtime.files import read_json
-from runtime.progress import Progress
 from runtime.stage import StageRun, rank
 from training.checkpoint import Checkpoints, TrainState
-from training.config import SupervisedConfig
+from training.config import AuxiliaryConfig, SupervisedConfig
 from training.curves import Curves
-from training.guards import Guard, memory_advice
-from training.heartbeat import watch_ranks
+from training.guards import Guard
+from training.heartbeat import Heartbeat
 from training.latents import refuse_other_encoders
 from training.launch import build_accelerator
+from training.loop import Tried, accumulate, train_to_end
 from training.losses import flow_matching_loss
-from training.optim import EMA, build_optimizer, set_learning_rate
+from training.optim import EMA, build_optimizer
 from training.publish import publish_stage, remember_start, report_parameters
 from training.randomness import coin_flips, generator, quantiles, sample_noise
-from training.ranks import whole
 from training.sharding import gathered, spread
 from training.stages import freeze_for, parent_of
 from training.tracking import Tracker, track
-from training.validation import LOSS as HELD_OUT_LOSS
 from training.validation import Validation
 
 
@@ -103,112 +98,68 @@ def refuse_other_settings(model: DeepGen, config: ModelConfig, folder: Path) -> 
 
 
 def train(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, trained: dict[str, Any], tracker: Tracker) -> TrainState:
-    """The loop. Interrupted at any step and started again it ends with the same weights, bit for bit on one kind of CPU."""
+    """Train to the last step, from the newest checkpoint on."""
     config: SupervisedConfig = getattr(run.params, stage)
-    mixture = read_json(run.root / "outputs" / "mixture" / f"{stage}.json")
     model.to(accelerator.device)
     optimizer = build_optimizer(trained.values(), config.optimizer)
-    ema = EMA(trained, config.ema_decay) if config.ema_decay else None
-    state = TrainState(trained, optimizer, ema)
+    state = TrainState(trained, optimizer, EMA(trained, config.ema_decay) if config.ema_decay else None)
     checkpoints = Checkpoints(run.folder, config.checkpoint_every, config.keep_checkpoints, config.async_checkpoints)
     if checkpoints.restore(state):
         print(f"{stage}: going on from step {state.step}", flush=True)
-    guard = Guard(config.guard, stage, run.folder, accelerator, state, checkpoints)
-    micro_batches = config.accumulation(accelerator.num_processes)
-    shards, latents = run.root / "outputs" / "shards", run.root / "outputs" / "latents"
-    refuse_other_encoders(latents, run.root / "outputs" / str(parent_of(stage, run.params)) / "model")
-    global_micro_batch = config.micro_batch_size * accelerator.num_processes
-    loader = Loader(
-        mixture,
-        shards,
-        global_micro_batch,
-        accelerator.process_index,
-        accelerator.num_processes,
-        start=state.step * micro_batches,
-        latents=latents,
-    )
-    if state.data:
-        loader.restore(state.data)
-    batches = iter(loader)
-    wrapped = spread(accelerator, run.params.launch, model, state)
-    model.train()
-    curves = Curves(accelerator, model, run.params, stage)
+    work = Supervised(run, stage, accelerator, model, state)
     validation = Validation(run, config, accelerator, model, state, tracker)
-    tracker.checkpoints(checkpoints.steps(), state.history)
-    stopped, log = False, run.folder / "progress.jsonl" if rank() == 0 else None
-    with (
-        watch_ranks(run) as heartbeat,
-        memory_advice(stage, config.micro_batch_size),
-        checkpoints,
-        Progress(config.steps, "step", stage, log, start=state.step, samples=config.batch_size) as progress,
-    ):
-        while state.step < config.steps and not (stopped or validation.over):
-            losses: dict[str, list[Tensor]] = defaultdict(list)
-            for micro in range(micro_batches):
-                batch = next(batches)
-                with torch.enable_grad(), accumulate(accelerator, wrapped, last=micro == micro_batches - 1):
-                    loss_B = batch_loss(wrapped, model, batch, config, stage)
-                    accelerator.backward(loss_B.mean() / micro_batches)
-                losses[batch.task].append(loss_B.detach().mean())
-                guard.see(batch, loss_B)
-                curves.add(batch, loss_B)
-            curve = curves.row(state.step + 1, state.trained)
-            norm = whole(accelerator.clip_grad_norm_(state.trained.values(), config.optimizer.max_grad_norm))
-            means = {task: accelerator.reduce(torch.stack(values).mean(), "mean").item() for task, values in losses.items()}
-            loss = sum(means[task] * len(values) for task, values in losses.items()) / micro_batches
-            rate = set_learning_rate(optimizer, state.step, config.steps, config.optimizer)
-            heartbeat.beat()
-            tried = state.step
-            if guard.refuses(loss, float(norm), rate):
-                optimizer.zero_grad(set_to_none=True)
-                state.data = loader.state()
-                if state.step < tried:  # after a mere skip nothing may be logged twice, which a killed process has logged already
-                    tracker.back_to(state.step)
-                progress.update(state.step - progress.done, skipped=state.guard["skipped"])
-                continue
-            if curve:
-                curves.reset()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.update()
-            state.step += 1
-            row = {"loss": loss, "grad_norm": float(norm), "lr": rate} | {f"loss_{task}": v for task, v in means.items()}
-            held_out = validation.look(state.step)
-            heartbeat.beat()
-            state.history.append({"step": state.step} | row | held_out)
-            state.data = loader.state()
-            if curve or held_out:
-                tracker.log(state.step, **row, **curve, **held_out)
-            progress.update(loss=loss, lr=rate)
-            done = state.step == config.steps or validation.over
-            stopped = agreed(accelerator, bool(run.stop)) and not done
-            if checkpoints.due(state.step) or stopped or done:
-                tracker.flush()  # a resumed process does not log these steps again
-                checkpoints.save(gathered(state), held_out.get(HELD_OUT_LOSS))
-                tracker.checkpoints(checkpoints.steps(), state.history)
-                heartbeat.beat()
-    tracker.checkpoints(checkpoints.steps(), state.history)  # one that was written in the background is whole only now
-    if stopped:
-        raise Interrupted(
-            f"stopped at step {state.step} of {config.steps}, saved in {run.folder.relative_to(run.root)}; the same command goes on"
+    return train_to_end(run, stage, config, accelerator, state, checkpoints, work, validation, tracker, config.batch_size)
+
+
+class Supervised:
+    """Gradients of the flow-matching loss, over the micro-batches of a step."""
+
+    def __init__(self, run: StageRun, stage: str, accelerator: Accelerator, model: DeepGen, state: TrainState) -> None:
+        self.stage, self.accelerator, self.model, self.state = stage, accelerator, model, state
+        self.config: SupervisedConfig = getattr(run.params, stage)
+        self.micro_batches = self.config.accumulation(accelerator.num_processes)
+        latents = run.root / "outputs" / "latents"
+        refuse_other_encoders(latents, run.root / "outputs" / str(parent_of(stage, run.params)) / "model")
+        self.loader = Loader(
+            read_json(run.root / "outputs" / "mixture" / f"{stage}.json"),
+            run.root / "outputs" / "shards",
+            self.config.micro_batch_size * accelerator.num_processes,
+            accelerator.process_index,
+            accelerator.num_processes,
+            start=state.step * self.micro_batches,
+            latents=latents,
         )
-    return state
+        if state.data:
+            self.loader.restore(state.data)
+        self.batches = iter(self.loader)
+        self.wrapped = spread(accelerator, run.params.launch, model, state)
+        model.train()
+        self.curves = Curves(accelerator, model, run.params, stage)
 
+    def gradients(self, guard: Guard, heartbeat: Heartbeat) -> Tried:
+        losses: dict[str, list[Tensor]] = defaultdict(list)
+        for micro in range(self.micro_batches):
+            batch = next(self.batches)
+            with torch.enable_grad(), accumulate(self.accelerator, self.wrapped, last=micro == self.micro_batches - 1):
+                loss_B = batch_loss(self.wrapped, self.model, batch, self.config, self.stage)
+                self.accelerator.backward(loss_B.mean() / self.micro_batches)
+            losses[batch.task].append(loss_B.detach().mean())
+            guard.see(batch, loss_B)
+            self.curves.add(batch, loss_B)
+        curve = self.curves.row(self.state.step + 1, self.state.trained)
+        means = {task: self.accelerator.reduce(torch.stack(values).mean(), "mean").item() for task, values in losses.items()}
+        loss = sum(means[task] * len(values) for task, values in losses.items()) / self.micro_batches
+        return Tried(loss, {f"loss_{task}": value for task, value in means.items()}, curve, logged=bool(curve))
 
-def accumulate(accelerator: Accelerator, wrapped: torch.nn.Module, last: bool) -> Any:
-    """Ranks exchange gradients on the last micro-batch of a step only."""
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
-    return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
+    def taken(self) -> None:
+        if self.curves.due(self.state.step + 1):
+            self.curves.reset()
 
+    def data_state(self) -> dict[str, Any]:
+        return self.loader.state()
 
-def agreed(accelerator: Accelerator, flag: bool) -> bool:
-    """True on every rank if it is true on any: all stop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+    def shown(self, tried: Tried, rate: float) -> dict[str, float]:
+        return {"loss": tried.loss, "lr": rate}
 
 
 def without(references: tuple[Tensor, ...], dropped: Sequence[bool]) -> References:
@@ -227,7 +178,7 @@ def posteriors(model: DeepGen, batch: Batch, references: tuple[Tensor, ...]) -> 
     return mean, std, tuple(posterior_of(model.vae, pixels)[0] for pixels in references)
 
 
-def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: SupervisedConfig, stage: str) -> Tensor:
+def batch_loss(wrapped: torch.nn.Module, model: DeepGen, batch: Batch, config: SupervisedConfig | AuxiliaryConfig, stage: str) -> Tensor:
     """(B,) flow-matching loss of a batch. Every draw belongs to a sample's position in the stream, not to a rank or batch."""
     positions = list(batch.positions)
     references = tuple(to_pixels(torch.from_numpy(images).to(model.device)) for images in batch.reference_images)

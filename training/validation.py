@@ -22,7 +22,7 @@ from model.vae import encode_images
 from runtime.stage import StageRun, rank
 from training.batching import batched, one_size_batches, reference_pixels, stack_pixels
 from training.checkpoint import TrainState
-from training.config import EarlyStopConfig, SupervisedConfig
+from training.config import EarlyStopConfig, StageConfig
 from training.losses import flow_matching_loss
 from training.optim import EMA
 from training.pictures import edit_captions, edit_row, save_grid
@@ -53,7 +53,7 @@ class Validation:
     """
 
     def __init__(
-        self, run: StageRun, config: SupervisedConfig, accelerator: Accelerator, model: DeepGen, state: TrainState, tracker: Tracker
+        self, run: StageRun, config: StageConfig, accelerator: Accelerator, model: DeepGen, state: TrainState, tracker: Tracker
     ) -> None:
         self.run, self.config, self.accelerator, self.model, self.state, self.tracker = run, config, accelerator, model, state, tracker
         self.batches = list(held_out(run)) if config.validate_every else []

@@ -62,7 +62,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, old: str, n
 @pytest.mark.parametrize("micro", [1, 2, 3, 8])
 def test_accumulation_makes_up_the_batch_for_any_ranks_and_micro_batch_or_is_refused(ranks: int, micro: int):
     values = parse_params((REPO / "presets" / "tiny.yaml").read_text())
-    values["mr_grpo"] |= {"group_size": 12, "micro_batch_size": 1}
+    values["mr_grpo"] |= {"prompts_per_step": 12, "auxiliary": {"batch_size": 24, "share": 0.1}}
     values["sft"] |= {"batch_size": 2 * ranks, "micro_batch_size": 1}
     values["launch"]["processes"] = ranks
     for size in (2, 6, 16, 24, 40, 48, 192):
@@ -107,3 +107,39 @@ def test_the_schema_has_bounds_for_every_number_people_tune():
 
     schema = json.dumps(Params.model_json_schema())
     assert '"exclusiveMinimum": 0' in schema and '"additionalProperties": false' in schema
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  prompts_per_step: 8", "  prompts_per_step: 0", "mr_grpo.prompts_per_step: 0 given"),
+        ("binding: 1.0, position", "binding: 1.0, strict: 1.0, position", r"no reward is called 'strict'; allowed: .* never a reward"),
+        ("held_out_reward: relation", "held_out_reward: binding", "held_out_reward: binding is trained on"),
+        (
+            "  auxiliary: {batch_size: 32, share: 0.1}",
+            "  auxiliary: null",
+            "mixture.mr_grpo.auxiliary: given, but mr_grpo.auxiliary is null",
+        ),
+        ("{batch_size: 32, share: 0.1}", "{batch_size: 33, share: 0.1}", "mr_grpo.auxiliary.batch_size: 33 must be a multiple of 2"),
+        ("share: 0.1}", "share: 0.1, weight: 0.1}", "weight: 0.1 and share: 0.1 given; allowed: one of them"),
+        ("  stochastic_steps: 3", "  stochastic_steps: 8", "stochastic_steps: 8 of 8 rollout_steps; allowed: 1..7"),
+        ("  sampler: flow_sde\n  eta: 0.7", "  sampler: cps_sde\n  eta: 1.7", "eta: 1.7 given; allowed for cps_sde: up to 1"),
+        ("  group_size: 16", "  group_size: 16\n  part_rewards: {nowhere: {count: 1.0}}", "part_rewards: names 'nowhere'"),
+        (
+            "  group_size: 16",
+            "  group_size: 16\n  part_rewards: {drawn_text_to_image: {count: 0.0}}",
+            "at least one weight must be above 0",
+        ),
+    ],
+)
+def test_what_stage_three_can_not_do_is_refused_before_it_starts(tmp_path: Path, old: str, new: str, message: str):
+    with pytest.raises(ParamsError, match=message):
+        load_params(changed(tmp_path, old, new))
+
+
+def test_each_prompt_set_may_weigh_its_own_rewards():
+    values = parse_params((REPO / "presets" / "tiny.yaml").read_text())
+    values["mr_grpo"]["part_rewards"] = {"drawn_text_to_image": {"word": 0.7, "clip": 0.1, "count": 0.0}}
+    config = check_params(values).mr_grpo
+    assert config.weights_of("drawn_text_to_image") == {"word": 0.7, "clip": 0.1}
+    assert config.weights_of("another") == config.rewards and {"word", "clip", "binding"} <= set(config.trained_rewards)

@@ -47,6 +47,8 @@ def make_project(root: Path, params: dict) -> Path:
         (root / name).symlink_to(REPO / name)
     (root / "foundation").mkdir()
     (root / "foundation" / "params.yaml").write_text((REPO / "foundation" / "params.yaml").read_text())
+    for name in ("clip", "tokenizer"):
+        (root / "foundation" / name).symlink_to(REPO / "foundation" / name)
     for name in ("dvc.yaml", "takedown.txt"):
         shutil.copyfile(REPO / name, root / name)
     (root / "params.yaml").write_text(yaml.safe_dump(params))

@@ -18,7 +18,7 @@ from runtime.exits import Interrupted, StopRequest
 from runtime.files import read_json, sha256_path, tensors_digest, write_json
 from runtime.params import ParamsError, check_params
 from training import ablations
-from training.ablation_table import interval, score_of, table
+from training.ablation_table import changes, interval, paired_interval, reinforced_table, score_of, table
 from training.ablations import Item, OtherResult, StageFailed, item_values, load_experiment, plan_items, run_queue
 from training.config import ExperimentConfig
 from training.evaluate import run_evaluation
@@ -252,3 +252,100 @@ def test_the_claims_of_the_repository_are_settings_that_params_allow():
     for overrides in experiment.configurations().values():
         params = check_params(item_values(preset, experiment, overrides, seed=2, samples=None))
         assert (params.alignment.steps, params.sft.steps) == (round(preset["alignment"]["steps"] / 4), round(preset["sft"]["steps"] / 4))
+
+
+# ---------------------------------------------------------------- stage 3, from the project's own SFT
+
+REINFORCED = {
+    "preset": "nano",
+    "stages": ["mr_grpo"],
+    "share_of_steps": 0.5,
+    "seeds": 2,
+    "guidances": [1.0, 2.0],
+    "overrides": {"mr_grpo.strips_every": 0},
+    "base": "as the smoke preset",
+    "variants": {"control": {"claim": "advantages do it", "paper": "none", "expected": "lower", "overrides": {"mr_grpo.control": True}}},
+}
+
+
+def test_without_the_model_that_they_start_from_such_experiments_are_refused(nano: Path):
+    declare(nano, REINFORCED)
+    with pytest.raises(FileNotFoundError, match=r"outputs/sft is missing.*`dvc repro sft`"):
+        plan_items(nano, "nano")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_each_item_trains_stage_three_alone_from_the_same_start_and_keeps_what_became_of_each_sample(nano: Path):
+    for stage in ("alignment", "sft"):
+        run_stage(nano, stage)
+    declare(nano, REINFORCED | {"seeds": 1, "guidances": [2.0]})
+    items = plan_items(nano, "nano", samples=5)
+    assert [item.name for item in items] == ["start-seed0", "base-seed0", "control-seed0"]
+    assert not any(stage in item.stages for item in items for stage in ("alignment", "sft"))
+    write_json(items[2].result, {"configuration": "control", "seed": 0, "digests": items[2].digests, "guidances": {}})
+    done = start(nano, "--samples", "5", "--jobs", "2")
+    assert done.wait(timeout=900) == 0, done.stdout.read() if done.stdout else ""
+    before, after = (read_json(item.result) for item in items[:2])
+    for result in (before, after):
+        for task, row in result["guidances"]["2.0"].items():
+            assert len(row["strict"]) == len(row["rewards"].split()) == row["evaluation"]["n"] == 5
+            assert row["strict"].count("1") == round(5 * row["evaluation"]["strict"])
+            assert "-" not in row["rewards"].split() or task == "image_edit"
+    assert before["stages"]["mr_grpo"] == {} and after["stages"]["mr_grpo"]["steps"] == 1
+    text = reinforced_table(load_experiment(nano, "nano"), {"start": {0: before}, "base": {0: after}})
+    assert "| base | 2.0 | 1 |" in text and "undecided" in text
+
+    shutil.rmtree(nano / "outputs" / "sft" / "model")
+    shutil.copytree(nano / "outputs" / "alignment" / "model", nano / "outputs" / "sft" / "model")
+    with pytest.raises(OtherResult, match="is of other start than now"):
+        run_queue(nano, "nano", samples=5)
+
+
+def scored(configuration: str, seed: int, strict: str, rewards: str) -> dict:
+    row = {"evaluation": {}, "samples": "s", "strict": strict, "rewards": rewards, "held_out": " ".join("-" for _ in strict)}
+    digests = dict.fromkeys(("code", "data", "foundation", "start"), "x")
+    guidances = {"1.0": {"text_to_image": row, "image_edit": row | {"rewards": row["held_out"]}}}
+    return {"configuration": configuration, "seed": seed, "digests": digests, "guidances": guidances}
+
+
+def test_changes_are_paired_by_sample_and_the_wider_interval_is_told():
+    before = {0: scored("start", 0, "0011" * 50, " ".join(["0.2 0.4 0.6 0.8"] * 50))}
+    better = {seed: scored("base", seed, "0111" * 50, " ".join(["0.3 0.5 0.7 0.9"] * 50)) for seed in range(3)}
+    text = reinforced_table(ExperimentConfig.model_validate(REINFORCED), {"start": before, "base": better})
+    assert "| start | 1.0 | - | 0.500 (n 200) | - | 0.500 (n 200) | 0.500 (n 200) |" in text
+    assert "| base | 1.0 | 3 | +0.1000 [+0.1000, +0.1000] rises | - | +0.2500 [+0.1898, +0.3102] rises |" in text
+
+
+def test_a_change_that_seeds_do_not_agree_on_is_undecided():
+    value, low, high = paired_interval([[0.1] * 50, [0.0] * 50, [0.2] * 50])
+    half = 4.302653 * 0.1 / 3**0.5
+    assert (value, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
+
+
+def test_scores_of_other_samples_are_not_compared():
+    one, other = scored("start", 0, "01", "0 1"), scored("base", 1, "01", "0 1")
+    other["guidances"]["1.0"]["text_to_image"] = other["guidances"]["1.0"]["text_to_image"] | {"samples": "others"}
+    with pytest.raises(ValueError, match="base-seed1 and start were scored on other samples"):
+        changes(other, one, "1.0", "text_to_image", "strict")
+
+
+def test_the_experiment_of_the_repository_with_stage_three_is_one_that_params_allow():
+    experiment = load_experiment(REPO, "mr_grpo")
+    preset = yaml.safe_load((REPO / "presets" / f"{experiment.preset}.yaml").read_text())
+    for configuration, overrides in experiment.configurations().items():
+        config = check_params(item_values(preset, experiment, overrides, seed=2, samples=None)).mr_grpo
+        assert config.seed == 2 and (config.auxiliary is None) == (configuration == "no_auxiliary")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stages": ["sft"]}, r"allowed: \[alignment, sft\] or \[mr_grpo\]"),
+        ({"stages": ["alignment", "sft"]}, r"guidances: \[1.0, 2.0\] given; allowed with stages \[alignment, sft\]: none"),
+        ({"variants": {"start": REINFORCED["variants"]["control"]}}, "neither base nor start"),
+    ],
+)
+def test_an_experiment_that_can_not_be_is_refused(change: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        ExperimentConfig.model_validate(REINFORCED | change)

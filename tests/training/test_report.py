@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from PIL import Image
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 
@@ -24,6 +25,7 @@ from runtime.mlflow_store import open_store
 from runtime.params import STAGES, load_params
 from training import report, scoring
 from training.evaluate import run_evaluation
+from training.pictures import Shown, save_strips
 from training.report import OtherSamples, compare, groups, paired, run_report
 from training.scoring import share
 from training.text_encoder import TEXT_ENCODER, PlainTextEncoder
@@ -254,3 +256,17 @@ def test_asked_for_json_it_prints_the_figures_and_nothing_else(project: Path, ca
         capsys.readouterr()
         run_report(run, as_json=True)
     assert json.loads(capsys.readouterr().out) == read_json(project / "outputs" / "report" / "figures" / "figures.json")
+
+
+def test_the_pictures_that_rewards_tell_apart_are_on_the_page_where_there_are_any(reported: tuple, project: Path):
+    assert "What the rewards tell apart" not in reported[2]
+    shown = [Shown("count", "a red circle", value, np.full((64, 64, 3), light, np.uint8)) for value, light in ((1.0, 250), (0.0, 20))]
+    folder = project / "outputs" / "mr_grpo" / "strips"
+    folder.mkdir()
+    for update in (8, 16):
+        save_strips(shown, folder / f"update-{update:06d}.png")
+    with Image.open(folder / "update-000008.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert (pixels[20, 20] > 240).all() and (pixels[200, 20] < 30).all(), "the best is above the worst"
+    _, page = write_report(project)
+    assert "What the rewards tell apart" in page and page.index("update 000008") < page.index("update 000016")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.flow import sampling_sigmas
+from training.losses import kernel_kl, velocity_kl
 from training.sde import Step, log_prob, sde_step
 
 SHIFT = 3.0
@@ -97,3 +98,42 @@ def test_the_score_has_no_mean_and_is_the_slope_of_the_log_probability(sampler: 
         each = (higher - lower) / (2 * h)  # exact: the log-probability is a parabola in the velocity
     assert abs(float(each.mean() - slope)) < 1e-4 * max(1.0, float(each.std()))
     assert abs(float(slope)) < 4 * float(each.std()) / math.sqrt(DRAWS)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("sampler", ["cps_sde", "flow_sde"])
+def test_without_noise_a_whole_walk_is_that_of_euler(sampler: str, dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor)  # the steps compute in float32 whatever they are given
+    sigmas = sampling_sigmas(10, SHIFT).to(dtype)
+    ours = theirs = torch.randn(64, 1, 1, 1, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for index in range(10):
+        step = sde_step(sampler, ours, gaussian_velocity(ours, sigmas[index]), sigmas, index, 0.0)
+        assert float(torch.as_tensor(step.std)) == 0.0
+        ours = step.mean
+        theirs = theirs + (sigmas[index + 1] - sigmas[index]) * gaussian_velocity(theirs, sigmas[index])
+    assert (ours - theirs).abs().max() < near
+
+
+@pytest.mark.parametrize("sampler", ["cps_sde", "flow_sde"])
+def test_the_kernels_kl_is_the_exact_one_of_two_steps(sampler: str):
+    x, v, w = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    sigmas = sampling_sigmas(8, SHIFT)
+    ours, theirs = (sde_step(sampler, x, velocity, sigmas, 3, 0.7) for velocity in (v, w))
+    pair = [torch.distributions.Normal(step.mean, step.std) for step in (ours, theirs)]
+    exact = torch.distributions.kl_divergence(*pair).flatten(1).mean(1)
+    found = kernel_kl(ours.mean, theirs.mean, ours.std)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+    draws = pair[0].sample((20_000,))
+    apart = (pair[0].log_prob(draws) - pair[1].log_prob(draws)).flatten(2).mean(2)
+    assert ((apart.mean(0) - found).abs() < 5 * apart.std(0) / 20_000**0.5).all()
+
+
+def test_with_all_noise_new_the_two_forms_of_the_kl_differ_by_how_much_of_the_data_a_step_shows():
+    """CPS at eta 1: the mean moves by (1 - s') s of what the velocity does, which the reference's form leaves out."""
+    x, v, w = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(2))
+    sigmas = sampling_sigmas(8, SHIFT)
+    for index in range(7):
+        sigma, following = sigmas[index], sigmas[index + 1]
+        ours, theirs = (sde_step("cps_sde", x, velocity, sigmas, index, 1.0) for velocity in (v, w))
+        ratio = kernel_kl(ours.mean, theirs.mean, ours.std) / velocity_kl(v, w, ours.std)
+        torch.testing.assert_close(ratio, ((1 - following) * sigma).pow(2).expand(4), rtol=1e-3, atol=1e-6)

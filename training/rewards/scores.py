@@ -14,7 +14,7 @@ class Group:
     """The images that were made for one prompt.
 
     name: the same in a resumed run and on whatever rank; requests are named by it. images: G of them, uint8 (H, W, 3). scene: the drawn
-    world's description, empty elsewhere. references: what an edit starts from, uint8 (H, W, 3).
+    world's description, empty elsewhere. references: what an edit starts from, uint8 (H, W, 3). part: of data.parts, whose prompt it is.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Group:
     images: tuple[np.ndarray, ...]
     scene: dict[str, Any]
     references: tuple[np.ndarray, ...] = ()
+    part: str = ""
 
 
 @dataclass(frozen=True)
