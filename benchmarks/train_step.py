@@ -40,7 +40,7 @@ from runtime.exits import StopRequest
 from runtime.files import read_json
 from runtime.progress import Progress
 from runtime.stage import StageRun, begin_stage
-from training import supervised
+from training import loop, supervised
 from training.checkpoint import Checkpoints
 from training.foundation import run_foundation
 from training.latents import run_latents
@@ -115,7 +115,7 @@ def real_loop(run: StageRun, stage: str, accelerator: Accelerator, model: DeepGe
     trained = freeze_for(model, stage, getattr(run.params, stage).lora)
     watch = Stopwatch()
     with (
-        mock.patch.object(supervised, "Progress", watch.progress()),
+        mock.patch.object(loop, "Progress", watch.progress()),
         mock.patch.object(supervised, "batch_loss", watch.timed("forward", supervised.batch_loss)),
         mock.patch.object(Loader, "batch", watch.timed("data", Loader.batch)),
         mock.patch.object(Accelerator, "backward", watch.timed("backward", Accelerator.backward)),
