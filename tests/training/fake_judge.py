@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import os
-import pickle
 import socket
 import struct
 import threading
@@ -19,16 +18,6 @@ from PIL import Image
 
 MODEL = "judge-8b@1"
 BOMB = gzip.compress(b" " * 20_000_000)
-
-
-class Bomb:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return (open, (self.marker, "w"))
 
 
 class FakeJudge:
@@ -115,8 +104,8 @@ class FakeJudge:
                     self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500000000\r\n\r\n")
                     for _ in range(500):
                         self.wfile.write(b" " * 1_000_000)
-                elif name == "pickle":
-                    self.raw(pickle.dumps(Bomb(judge.marker)))
+                elif name == "pickle":  # unpickled, it would leave a file behind
+                    self.raw(b"cbuiltins\nopen\n(V" + judge.marker.encode() + b"\nVw\ntR.")
                 elif name == "gzip":
                     self.raw(BOMB, encoding="gzip")
                 elif name == "deep":

@@ -280,17 +280,17 @@ def test_each_item_trains_stage_three_alone_from_the_same_start_and_keeps_what_b
     for stage in ("alignment", "sft"):
         run_stage(nano, stage)
     declare(nano, REINFORCED | {"seeds": 1, "guidances": [2.0]})
-    items = plan_items(nano, "nano", samples=5)
+    items = plan_items(nano, "nano")
     assert [item.name for item in items] == ["start-seed0", "base-seed0", "control-seed0"]
     assert not any(stage in item.stages for item in items for stage in ("alignment", "sft"))
     write_json(items[2].result, {"configuration": "control", "seed": 0, "digests": items[2].digests, "guidances": {}})
-    done = start(nano, "--samples", "5", "--jobs", "2")
+    done = start(nano, "--jobs", "2")
     assert done.wait(timeout=900) == 0, done.stdout.read() if done.stdout else ""
     before, after = (read_json(item.result) for item in items[:2])
     for result in (before, after):
         for task, row in result["guidances"]["2.0"].items():
-            assert len(row["strict"]) == len(row["rewards"].split()) == row["evaluation"]["n"] == 5
-            assert row["strict"].count("1") == round(5 * row["evaluation"]["strict"])
+            assert len(row["strict"]) == len(row["rewards"].split()) == row["evaluation"]["n"] == 8
+            assert row["strict"].count("1") == round(8 * row["evaluation"]["strict"])
             assert "-" not in row["rewards"].split() or task == "image_edit"
     assert before["stages"]["mr_grpo"] == {} and after["stages"]["mr_grpo"]["steps"] == 1
     text = reinforced_table(load_experiment(nano, "nano"), {"start": {0: before}, "base": {0: after}})
@@ -299,7 +299,7 @@ def test_each_item_trains_stage_three_alone_from_the_same_start_and_keeps_what_b
     shutil.rmtree(nano / "outputs" / "sft" / "model")
     shutil.copytree(nano / "outputs" / "alignment" / "model", nano / "outputs" / "sft" / "model")
     with pytest.raises(OtherResult, match="is of other start than now"):
-        run_queue(nano, "nano", samples=5)
+        run_queue(nano, "nano")
 
 
 def scored(configuration: str, seed: int, strict: str, rewards: str) -> dict:

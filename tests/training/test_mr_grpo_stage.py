@@ -31,7 +31,7 @@ from .conftest import REPO, begin
 from .test_resume import run_stage
 
 pytestmark = pytest.mark.slow
-PHASES = ("rollout", "reward", "advantage", "update", "save:before_rename")
+PHASES = ("rollout", "reward", "advantage", "update")  # in a save: test_kills.py
 
 
 class Brightness:
