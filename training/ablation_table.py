@@ -1,4 +1,7 @@
-"""Results of an ablation, compared: means over seeds, paired differences to base with t intervals, and what they say of each claim."""
+"""Results of an ablation, compared: means over seeds, paired differences to base with t intervals, and what they say of each claim.
+
+Those of mr_grpo are compared with the model that it begins with too, sample by sample.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,13 +9,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from scipy.stats import t
 
 from runtime.files import read_json
-from training.ablations import REINFORCED, START, SUPERVISED, load_experiment
+from training.ablations import START, expand, load_experiment
 from training.config import ExperimentConfig
 
 BASE = "base"
+MOST_EDITING_LOST = 0.02  # share of right edits that reinforcement may cost
 SCORES = {"generation without words": "text_to_image", "editing": "image_edit"}
 Results = dict[str, dict[int, dict[str, Any]]]  # configuration -> seed -> result
 
@@ -26,7 +31,7 @@ def print_table(root: Path, name: str) -> None:
         results.setdefault(result["configuration"], {})[result["seed"]] = result
     if not results:
         raise FileNotFoundError(f"ablations/{name}/ holds no result yet: `python -m training ablate {name}` makes them.")
-    print((reinforced_table if experiment.stages == REINFORCED else table)(experiment, results), flush=True)
+    print((table_over_start if experiment.stages == ("mr_grpo",) else table)(experiment, results), flush=True)
 
 
 def score_of(result: dict[str, Any], stage: str, task: str) -> float:
@@ -65,7 +70,7 @@ def table(experiment: ExperimentConfig, results: Results) -> str:
     ]
     for configuration in experiment.configurations():
         rows = list(results.get(configuration, {}).values())
-        for stage in SUPERVISED if rows else ():
+        for stage in experiment.stages if rows else ():
             cells = [configuration, str(len(rows)), f"{connector_parameters(rows[0]):,}", stage]
             for task in SCORES.values():
                 cells += [f"{mean(score_of(row, stage, task) for row in rows):.3f}"]
@@ -77,12 +82,137 @@ def table(experiment: ExperimentConfig, results: Results) -> str:
         said = verdict(variant.expected, map(interval, found.values())) if all(len(v) > 1 for v in found.values()) else "not measured yet"
         shown = ", ".join(f"{name} {spell(values)}" for name, values in found.items())
         lines.append(f"- {configuration}, {variant.claim} ({variant.paper}): **{said}**. {variant.expected} expected; after SFT {shown}.")
-    each = [result for seeds in results.values() for result in seeds.values()]
     lines += ["", f"Differences are paired by seed; no correction for {len(experiment.variants) * len(SCORES)} comparisons."]
-    for name in ("code", "data", "foundation"):
-        if len({result["digests"][name] for result in each}) > 1:
-            lines.append(f"Not all of these results are of the same {name}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *unlike(results)])
+
+
+def unlike(results: Results) -> list[str]:
+    """A sentence for each thing that all items read, and that was not the same for all of these results."""
+    each = [result["digests"] for seeds in results.values() for result in seeds.values()]
+    names = ("code", "data", "foundation", START)
+    return [f"Not all of these results are of the same {name}." for name in names if len({digests.get(name) for digests in each}) > 1]
+
+
+def measures(result: dict[str, Any], guidance: str, rewards: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Name -> (N,) of each sample, NaN where the measure has no meaning for it.
+
+    Trained rewards are weighted by mr_grpo.rewards over the parts that apply, and like the held-out one looked at in the trained tasks.
+
+    Args:
+        rewards: the result whose `rewards`, `held_out_reward` and `tasks` say what is measured.
+    """
+    outcomes, held_out = result["guidances"][guidance]["outcomes"], str(rewards["held_out_reward"])
+    trained = [outcomes[task] for task in rewards["tasks"] if task in outcomes]
+    found = {
+        "trained rewards": joined([weighted(outcome, rewards["rewards"]) for outcome in trained]),
+        f"held-out reward ({held_out})": joined([weighted(outcome, {held_out: 1.0}) for outcome in trained]),
+        "generation, strict": strict(outcomes, "text_to_image"),
+        "editing, strict": strict(outcomes, "image_edit"),
+    }
+    return {name: values for name, values in found.items() if not np.isnan(values).all()}
+
+
+def joined(columns: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0), *columns])
+
+
+def weighted(outcome: dict[str, Any], weights: dict[str, float]) -> np.ndarray:
+    """(N,) mean of a task's parts, by weight over those that apply; NaN where none does."""
+    parts = {name: np.array(expand(part), float) for name, part in outcome["parts"].items() if name in weights}
+    total, weight = np.zeros(len(outcome["strict"])), np.zeros(len(outcome["strict"]))
+    for name, values in parts.items():
+        total += np.nan_to_num(values) * weights[name]
+        weight += ~np.isnan(values) * weights[name]
+    return np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
+
+
+def strict(outcomes: dict[str, Any], task: str) -> np.ndarray:
+    return np.array([float(letter) for letter in outcomes[task]["strict"]] if task in outcomes else [])
+
+
+def changes(start: dict[str, Any], results: Sequence[dict[str, Any]], guidance: str) -> dict[str, np.ndarray]:
+    """Measure -> (seeds, samples) by how much each result lies above `start` on each sample that the measure applies to.
+
+    Raises:
+        ValueError: they were scored on other samples.
+    """
+    changed: dict[str, list[np.ndarray]] = {}
+    for result in results:
+        for task, outcome in start["guidances"][guidance]["outcomes"].items():
+            if result["guidances"][guidance]["outcomes"][task]["keys"] != outcome["keys"]:
+                raise ValueError(
+                    f"{result['configuration']}-seed{result['seed']}: scored on other samples of {task} than {START}. Run all with the "
+                    "same --samples, and --again."
+                )
+        before, after = (measures(one, guidance, result) for one in (start, result))
+        for name in after:
+            changed.setdefault(name, []).append((after[name] - before[name])[~np.isnan(before[name])])
+    return {name: np.stack(rows) for name, rows in changed.items()}
+
+
+def interval_of_both(change: np.ndarray) -> tuple[float, float]:
+    """95% of the mean of (seeds, samples): the wider of Student's over samples, of their means over seeds, and over seeds.
+
+    A few seeds can't tell how much of their spread is the samples', so that neither alone would do; one seed says nothing of seeds.
+    """
+    over_samples = interval(change.mean(0).tolist())
+    over_seeds = interval(change.mean(1).tolist()) if len(change) > 1 else over_samples
+    return max(over_samples, over_seeds, key=lambda ends: ends[1] - ends[0])
+
+
+def side(ends: tuple[float, float]) -> str:
+    low, high = ends
+    return "rises" if low > 0 else "falls" if high < 0 else "undecided"
+
+
+def table_over_start(experiment: ExperimentConfig, results: Results) -> str:
+    """Rows of configuration, guidance and measure, beside the model that mr_grpo begins with; then the verdicts beside base."""
+    if START not in results:
+        raise FileNotFoundError(f"there is no result of {START} yet, which the others are compared with: run the queue first.")
+    start = results[START][0]
+    lines = ["| configuration | seeds | guidance | measure | start | change over start, 95% | |", "|---" * 7 + "|"]
+    for configuration in experiment.configurations():
+        rows = list(results.get(configuration, {}).values())
+        for guidance in start["guidances"] if rows else ():
+            before = measures(start, guidance, rows[0])
+            for name, change in changes(start, rows, guidance).items():
+                ends = interval_of_both(change)
+                said = side(ends)
+                if name.startswith("editing"):
+                    kept = ends[0] >= -MOST_EDITING_LOST
+                    said += f"; at most {MOST_EDITING_LOST} lost: {'yes' if kept else 'not shown'}"
+                cells = [configuration, str(len(rows)), guidance, name, f"{np.nanmean(before[name]):.3f}", spell_both(change), said]
+                lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for configuration, variant in experiment.variants.items():
+        found = over_base(results, configuration, start["guidances"])
+        said = verdict(variant.expected, map(interval_of_both, found.values())) if found else "not measured yet"
+        shown = ", ".join(f"{name} {spell_both(change)}" for name, change in found.items()) or "nothing to compare"
+        lines.append(f"- {configuration}, {variant.claim} ({variant.paper}): **{said}**. {variant.expected} than {BASE} expected; {shown}.")
+    samples = " and ".join(f"{row['n']} of {task}" for task, row in next(iter(start["guidances"].values()))["evaluation"].items())
+    lines += [
+        "",
+        f"Changes are paired by sample ({samples}); of the intervals over samples and over seeds the wider one is shown. No correction for "
+        "the number of comparisons.",
+    ]
+    return "\n".join([*lines, *unlike(results)])
+
+
+def over_base(results: Results, configuration: str, guidances: Iterable[str]) -> dict[str, np.ndarray]:
+    """Of both tasks' strict scores at each guidance (seeds, samples) configuration minus base; none for fewer than two seeds of both."""
+    base, other = results.get(BASE, {}), results.get(configuration, {})
+    seeds = sorted(base.keys() & other.keys())
+    found = {}
+    for guidance in guidances if len(seeds) > 1 else ():
+        for name, task in (("generation", "text_to_image"), ("editing", "image_edit")):
+            pairs = [(strict(each[seed]["guidances"][guidance]["outcomes"], task) for each in (other, base)) for seed in seeds]
+            found[f"{name} at guidance {guidance}"] = np.stack([after - before for after, before in pairs])
+    return {name: change for name, change in found.items() if change.size}
+
+
+def spell_both(change: np.ndarray) -> str:
+    low, high = interval_of_both(change)
+    return f"{change.mean():+.3f} [{low:+.3f}, {high:+.3f}]" + (" (one seed)" if len(change) == 1 else "")
 
 
 def spell(values: Sequence[float]) -> str:
@@ -96,78 +226,3 @@ def connector_parameters(result: dict[str, Any]) -> int:
     """Of the connector with its think tokens."""
     counts = result["stages"]["alignment"]["parameters"]
     return sum(counts[part]["trained"] for part in ("connector", "think_tokens"))
-
-
-# ---------------------------------------------------------------- mr_grpo, against the model that it started from
-
-MEASURES = {"trained rewards": ("text_to_image", "rewards"), "held-out reward": ("text_to_image", "held_out")} | {
-    f"strict, {name}": (task, "strict") for name, task in (("generation", "text_to_image"), ("editing", "image_edit"))
-}
-HARMLESS = -0.02  # of editing: a change that surely is above this is none
-
-
-def values_of(result: dict[str, Any], guidance: str, task: str, measure: str) -> list[float | None]:
-    """Of each sample, in the order of the evaluation set; None where the measure does not apply."""
-    text = result["guidances"][guidance][task][measure]
-    return [None if value == "-" else float(value) for value in (text if measure == "strict" else text.split())]
-
-
-def changes(result: dict[str, Any], start: dict[str, Any], guidance: str, task: str, measure: str) -> list[float]:
-    """Of each sample to which the measure applies, its value less that of the start.
-
-    Raises:
-        ValueError: the two were scored on other samples.
-    """
-    ours, theirs = (row["guidances"][guidance][task]["samples"] for row in (result, start))
-    if ours != theirs:
-        raise ValueError(f"{result['configuration']}-seed{result['seed']} and start were scored on other samples; make one anew, --again")
-    pairs = zip(*(values_of(row, guidance, task, measure) for row in (result, start)), strict=True)
-    return [after - before for after, before in pairs if after is not None and before is not None]
-
-
-def paired_interval(by_seed: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Mean change and its 95% interval: the wider of what samples say (their mean over seeds) and of what seeds say (Student's t)."""
-    means = [mean(each) for each in by_seed]
-    samples = [mean(row) for row in zip(*by_seed, strict=True)]
-    half = 1.959964 * stdev(samples) / math.sqrt(len(samples))
-    if len(means) > 1:
-        low, high = interval(means)
-        half = max(half, (high - low) / 2)
-    return mean(means), mean(means) - half, mean(means) + half
-
-
-def reinforced_table(experiment: ExperimentConfig, results: Results) -> str:
-    """A row a configuration and guidance: changes over the start, paired by sample, and what they say."""
-    if START not in results:
-        raise FileNotFoundError("no result of `start` yet, which all others are compared with: run the queue first.")
-    start = results[START][0]
-    lines = ["| configuration | guidance | seeds | " + " | ".join(MEASURES) + " |", "|---" * (3 + len(MEASURES)) + "|"]
-    for guidance in start["guidances"]:
-        cells = [START, guidance, "-"]
-        for task, measure in MEASURES.values():
-            there = [value for value in values_of(start, guidance, task, measure) if value is not None]
-            cells.append(f"{mean(there):.3f} (n {len(there)})" if there else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-        for configuration in experiment.configurations():
-            rows = [row for _, row in sorted(results.get(configuration, {}).items())]
-            if not rows:
-                continue
-            cells = [configuration, guidance, str(len(rows))]
-            for task, measure in MEASURES.values():
-                by_seed = [changes(row, start, guidance, task, measure) for row in rows]
-                cells.append(spell_change(*paired_interval(by_seed), harmless=task == "image_edit") if by_seed[0] else "-")
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Changes are over start, paired by sample; 95% intervals, the wider of those over samples and over seeds."]
-    for configuration, variant in experiment.variants.items():
-        lines.append(f"- {configuration}: {variant.claim} ({variant.paper}); {variant.expected} than {BASE} expected.")
-    for name in ("code", "data", "foundation", "start"):
-        if len({row["digests"][name] for seeds in results.values() for row in seeds.values()}) > 1:
-            lines.append(f"Not all of these results are of the same {name}.")
-    return "\n".join(lines)
-
-
-def spell_change(value: float, low: float, high: float, harmless: bool = False) -> str:
-    said = "rises" if low > 0 else "falls" if high < 0 else "undecided"
-    if harmless and said != "rises":
-        said += f", {'not' if low >= HARMLESS else 'perhaps'} by more than {-HARMLESS}" if high >= HARMLESS else ""
-    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}] {said}"

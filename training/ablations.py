@@ -2,17 +2,19 @@
 
 Each item is a project folder of its own under outputs/ablations/, with this clone's code, shards and foundation and its own params.yaml.
 The stage commands run there as they do here, so that params.yaml, outputs/ and dvc.lock of the project stay as they are.
+An experiment of mr_grpo begins with the project's own outputs/sft, which is scored on the same samples as the item `start`.
 """
 
 import copy
 import os
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +32,11 @@ from training.config import ExperimentConfig
 
 ROOMS = ("data", "model", "training", "runtime")
 SHARED = (*ROOMS, "dvc.yaml", "takedown.txt", "foundation")
-SECTIONS = ("data", "mixture", "foundation", "model", "latents", "alignment", "sft", "evaluation", "launch")  # that a result depends on
-SUPERVISED, REINFORCED = ("alignment", "sft"), ("mr_grpo",)
-START = "start"  # the configuration that trains nothing: the model that mr_grpo starts from
+START = "start"  # the item of an mr_grpo experiment that trains nothing
+SCORED = ("data", "model", "evaluation", "launch")  # sections of params.yaml that a score depends on
+LEARNT = (*SCORED, "mixture", "foundation", "latents")  # and a model, beside the stages that it was trained in
+BEGUN_WITH = ("foundation", "latents", "sft")  # outputs that an item of mr_grpo takes from the project
+LETTERS = string.digits + string.ascii_letters
 STATE = "state.json"  # of an item: its digests, the stages that are done, their seconds
 
 
@@ -56,8 +60,8 @@ class Item:
     digests: dict[str, str]
     root: Path
     own_evaluation: bool  # its evaluation parts have another number of samples than the project's
-    trained: tuple[str, ...] = SUPERVISED
-    guidances: tuple[float, ...] = ()
+    trained: tuple[str, ...]  # stages, in order
+    guidances: tuple[float, ...] = ()  # at each of which the last stage is scored, sample by sample; (): each stage, as params.yaml says
 
     @property
     def name(self) -> str:
@@ -72,19 +76,21 @@ class Item:
         return self.root / "outputs" / "ablations" / self.experiment / self.name
 
     @property
-    def scored(self) -> str:
-        """The last stage, whose samples are kept where mr_grpo trains."""
-        return "sft" if self.configuration == START else self.trained[-1]
+    def stages(self) -> list[str]:
+        parts = [f"shards@{part}" for part in self.values["evaluation"]["parts"]] if self.own_evaluation else []
+        mixtures = [f"mixture@{stage}" for stage in self.trained]
+        if self.guidances:
+            return [*parts, *mixtures, *self.trained, *(f"evaluation@{self.scored} at {guidance}" for guidance in self.guidances)]
+        trained = [name for stage in self.trained for name in (stage, f"evaluation@{stage}")]
+        return [*parts, *mixtures, "foundation", "latents", *trained]
 
     @property
-    def stages(self) -> list[str]:
-        """In order. "evaluation@mr_grpo at 2.0" is the evaluation at that guidance."""
-        parts = [f"shards@{part}" for part in self.values["evaluation"]["parts"]] if self.own_evaluation else []
-        if self.trained == SUPERVISED:
-            trained = [name for stage in self.trained for name in (stage, f"evaluation@{stage}")]
-            return [*parts, "mixture@alignment", "mixture@sft", "foundation", "latents", *trained]
-        trained = [] if self.configuration == START else ["mixture@mr_grpo", "mr_grpo"]
-        return [*parts, *trained, *(f"evaluation@{self.scored} at {guidance}" for guidance in self.guidances)]
+    def scored(self) -> str:
+        """The stage whose model is scored at each guidance."""
+        return self.trained[-1] if self.trained else "sft"
+
+    def scores_at(self, guidance: float) -> Path:
+        return self.project / "outputs" / "scores" / f"guidance-{guidance}"
 
     def steps(self, stage: str) -> int:
         return self.values[stage]["steps"] if stage in self.trained else 0
@@ -105,66 +111,39 @@ def load_experiment(root: Path, name: str) -> ExperimentConfig:
 
 
 def plan_items(root: Path, name: str, samples: int | None = None) -> list[Item]:
-    """Every item, all configurations of a seed before the next seed, so that what is done early can be compared.
+    """Every item, all configurations of a seed before the next seed, so that what is done early can be compared; `start` before all.
 
     Args:
         samples: of each evaluation part; None takes the preset's.
 
     Raises:
         ParamsError: an override names an unknown key or gives an impossible value.
-        FileNotFoundError: the preset's shards are not built.
+        FileNotFoundError: the preset's shards are not built, or mr_grpo has no outputs/sft to begin with.
     """
     experiment = load_experiment(root, name)
     preset = root / "presets" / f"{experiment.preset}.yaml"
     if not preset.is_file():
         raise ParamsError(f"ablations/{name}.yaml: preset: {experiment.preset} is no name in presets/")
     values = parse_params(preset.read_text(), preset.name)
-    configurations = experiment.configurations()
-    planned = []
-    if experiment.stages == REINFORCED:
-        configurations = {START: {}} | configurations
+    of_start = experiment.stages == ("mr_grpo",)
+    planned: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = []
     for seed in range(experiment.seeds):
-        for configuration, overrides in configurations.items():
-            if configuration == START and seed:
-                continue
+        untrained: dict[str, dict[str, Any]] = {START: {}} if of_start and seed == 0 else {}
+        for configuration, overrides in (untrained | experiment.configurations()).items():
             own = item_values(values, experiment, overrides, seed, samples) | {"registry": values["registry"] | {"experiment": name}}
             check_params(own, f"{configuration} of ablations/{name}.yaml")
             planned.append((configuration, seed, overrides, own))
-    shared = shared_digests(root, planned[0][3], experiment.preset, samples is not None)
-    sections: tuple[str, ...] = SECTIONS
-    guidances: tuple[float, ...] = ()
-    if experiment.stages == REINFORCED:
-        shared["start"], sections = start_digest(root), (*SECTIONS, "mr_grpo")
-        guidances = experiment.guidances or (values["evaluation"]["guidance"],)
-    return [
-        Item(
-            name,
-            configuration,
-            seed,
-            overrides,
-            own,
-            shared | {"params": params_digest(own, sections, guidances)},
-            root,
-            samples is not None,
-            experiment.stages,
-            guidances,
-        )
-        for configuration, seed, overrides, own in planned
-    ]
-
-
-def start_digest(root: Path) -> str:
-    """Of the weights that mr_grpo starts from.
-
-    Raises:
-        FileNotFoundError: they are not there.
-    """
-    model = root / "outputs" / "sft" / "model"
-    if not model.is_dir():
-        raise FileNotFoundError(
-            "outputs/sft is missing: experiments with mr_grpo start from it. Train it: `dvc repro sft`, or `deepgen run`."
-        )
-    return tensors_digest(model)
+    first = planned[0][3]
+    shared, guidances = shared_digests(root, first, experiment.preset, samples is not None), experiment.guidances
+    if of_start:
+        guidances = guidances or (float(first["evaluation"]["guidance"]),)
+        shared |= {START: start_digest(root), "guidances": sha256_json(guidances)}
+    items = []
+    for configuration, seed, overrides, own in planned:
+        trained = () if configuration == START else experiment.stages
+        digests = shared | {"params": params_digest(own, trained)}
+        items.append(Item(name, configuration, seed, overrides, own, digests, root, samples is not None, trained, guidances))
+    return items
 
 
 def item_values(
@@ -183,19 +162,35 @@ def item_values(
                 raise ParamsError(f"override {dotted}: {section} holds no keys in presets/{experiment.preset}.yaml; override it as a whole")
         place[key] = value
     for stage in experiment.stages:
-        values[stage]["seed"] = seed
-        values["mixture"][stage]["seed"] += 100 * seed
-        if values["mixture"][stage].get("auxiliary"):
-            values["mixture"][stage]["auxiliary"]["seed"] += 100 * seed
-            values[stage]["auxiliary"] |= {"seed": seed}
+        settings, mixture = values[stage], values["mixture"][stage]
+        settings["seed"] = seed
+        mixture["seed"] += 100 * seed
+        if settings.get("auxiliary"):
+            settings["auxiliary"]["seed"] = seed
+        if mixture.get("auxiliary"):
+            mixture["auxiliary"]["seed"] += 100 * seed
     if samples is not None:
         for part in values["evaluation"]["parts"]:
             values["data"]["parts"][part]["samples"] = samples
     return values
 
 
-def params_digest(values: dict[str, Any], sections: tuple[str, ...] = SECTIONS, guidances: tuple[float, ...] = ()) -> str:
-    return sha256_json({section: values[section] for section in sections} | ({"guidances": list(guidances)} if guidances else {}))
+def params_digest(values: dict[str, Any], trained: Sequence[str]) -> str:
+    """Of what the result of these stages depends on; that of none is a score alone."""
+    sections = (*LEARNT, *trained) if trained else SCORED
+    return sha256_json({section: values[section] for section in sections})
+
+
+def start_digest(root: Path) -> str:
+    """Of the weights that mr_grpo begins with.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    folder = root / "outputs" / "sft" / "model"
+    if not folder.is_dir():
+        raise FileNotFoundError("outputs/sft/model is missing: an experiment of mr_grpo begins with it. Make it with `dvc repro sft`.")
+    return tensors_digest(folder)
 
 
 def shared_digests(root: Path, values: dict[str, Any], preset: str, own_evaluation: bool) -> dict[str, str]:
@@ -261,8 +256,8 @@ def run_items(root: Path, name: str, items: list[Item], todo: list[Item], jobs: 
             raise Locked(f"{folder.relative_to(root)} is being written by another `ablate {name}`; wait or stop it.")
         paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": open_store(folder, name)}
-        total = sum(item.steps(stage) for item in items for stage in item.stages)
-        left = sum(item.steps(stage) for item in todo for stage in item.stages if stage not in read_state(item)["done"])
+        total = sum(item.steps(stage) for item in items for stage in item.trained)
+        left = sum(item.steps(stage) for item in todo for stage in item.trained if stage not in read_state(item)["done"])
         with Progress(total, "step", f"ablate {name}", start=total - left) as progress, ThreadPoolExecutor(jobs) as pool:
             writing = threading.Lock()
 
@@ -315,10 +310,9 @@ def make_project(item: Item) -> None:
     for name in SHARED:
         (item.project / name).symlink_to(item.root / name)
     own = item.values["evaluation"]["parts"] if item.own_evaluation else ()
-    for part in item.values["data"]["parts"]:
-        if part not in own:  # hard links: a digest does not follow symbolic ones, and nothing published is written in place
-            shutil.copytree(item.root / "outputs" / "shards" / part, shards / part, copy_function=os.link)
-    for name in ("sft", "latents") if item.trained == REINFORCED else ():
+    linked = [f"shards/{part}" for part in item.values["data"]["parts"] if part not in own]
+    linked += [name for name in BEGUN_WITH if (item.root / "outputs" / name).is_dir()] if item.guidances else []
+    for name in linked:  # hard links: a digest does not follow symbolic ones, and nothing published is written in place
         shutil.copytree(item.root / "outputs" / name, item.project / "outputs" / name, copy_function=os.link)
     write_json(item.project / "params.yaml", item.values)  # JSON is YAML
     write_json(item.project / STATE, read_state(item))
@@ -338,29 +332,38 @@ def run_item(item: Item, environment: dict[str, str], stop: StopRequest, advance
         if stop:
             raise Interrupted(f"stopped before {stage} of {item.name}; the same command goes on")
         print(f"{item.name}: {stage}, as told in {log.relative_to(item.root)}", flush=True)
-        began = time.monotonic()
-        command, _, guidance = stage.partition(" at ")
+        name, _, guidance = stage.partition(" at ")
         if guidance:
-            values = item.values | {"evaluation": item.values["evaluation"] | {"guidance": float(guidance)}}
-            write_json(item.project / "params.yaml", values)
-        code = run_command(commands[command].cmd, item.project, log, environment, stop)
+            evaluation = item.values["evaluation"] | {"guidance": float(guidance)}
+            write_json(item.project / "params.yaml", item.values | {"evaluation": evaluation})
+        began, command = time.monotonic(), commands[name].cmd
+        code = run_command(command, item.project, log, environment, stop)
         state["seconds"][stage] = round(state["seconds"].get(stage, 0.0) + time.monotonic() - began, 1)
         if code == DONE:
             if guidance:
-                keep_scores(item, guidance)
+                set_aside(item.project / "outputs" / "evaluation" / item.scored, item.scores_at(float(guidance)))
             state["done"].append(stage)
         write_json(item.project / STATE, state)
         if code == INTERRUPTED or (code < 0 and stop):  # a command that was still importing dies of the signal
             raise Interrupted(f"stopped in {stage} of {item.name}; the same command goes on")
         if code != DONE:
             last = "\n".join(log.read_text().splitlines()[-20:])
-            raise StageFailed(f"{item.name}: `{commands[command].cmd}` ended with {code}, see {log.relative_to(item.root)}:\n{last}")
+            raise StageFailed(f"{item.name}: `{command}` ended with {code}, see {log.relative_to(item.root)}:\n{last}")
         if steps := item.steps(stage):
             advance(steps)
     write_json(item.result, result_of(item, state["seconds"]))
     (item.project / STATE).unlink()
-    for name in ("runs", "shards", "foundation", "latents", "mixture"):  # models, curves and pictures stay
+    for name in ("runs", "shards", "mixture", *BEGUN_WITH):  # what was trained, curves and pictures stay
+        if name in item.trained:
+            continue
         shutil.rmtree(item.project / "outputs" / name, ignore_errors=True)
+
+
+def set_aside(scores: Path, kept: Path) -> None:
+    """Make room for the same evaluation at another guidance."""
+    shutil.rmtree(kept, ignore_errors=True)  # of one who was killed before its state was written
+    kept.parent.mkdir(exist_ok=True)
+    scores.rename(kept)
 
 
 def run_command(command: str, folder: Path, log: Path, environment: dict[str, str], stop: StopRequest) -> int:
@@ -383,64 +386,64 @@ def run_command(command: str, folder: Path, log: Path, environment: dict[str, st
     return process.returncode
 
 
-def scores_of(item: Item, guidance: str) -> Path:
-    return item.project / "outputs" / f"scores-{guidance}"
-
-
-def keep_scores(item: Item, guidance: str) -> None:
-    """The evaluation that was just made, under its guidance: the next one is made in the same place."""
-    shutil.rmtree(scores_of(item, guidance), ignore_errors=True)
-    (item.project / "outputs" / "evaluation" / item.scored).rename(scores_of(item, guidance))
-
-
 def result_of(item: Item, seconds: dict[str, float]) -> dict[str, Any]:
-    """What is kept of an item: per stage its steps, parameters, losses, model digest, and scores with 95% intervals (Wilson).
-
-    Of mr_grpo also what became of each sample, at each guidance, so that it can be compared with the start's.
-    """
+    """What is kept of an item: per stage its steps, parameters, losses, model digest, and scores with 95% intervals (Wilson)."""
+    stages = {}
+    for stage in item.trained:
+        stages[stage] = read_json(item.project / "outputs" / stage / "metrics.json")
+        if not item.guidances:
+            stages[stage] |= scores_of(item.project / "outputs" / "evaluation" / stage)
     result = {
         "experiment": item.experiment,
         "configuration": item.configuration,
         "seed": item.seed,
         "overrides": item.overrides,
         "digests": item.digests,
+        "stages": stages,
         "seconds": seconds,
     }
-    if item.trained == REINFORCED:
-        trained = {} if item.configuration == START else read_json(item.project / "outputs" / "mr_grpo" / "metrics.json")
-        return result | {"stages": {"mr_grpo": trained}, "guidances": {str(g): outcomes(item, str(g)) for g in item.guidances}}
-    stages = {}
-    for stage in item.trained:
-        metrics = read_json(item.project / "outputs" / stage / "metrics.json")
-        evaluation = item.project / "outputs" / "evaluation" / stage
-        scores = read_json(evaluation / "metrics.json")
-        stages[stage] = metrics | {"model_digest": read_json(evaluation / "gates.json")["model_digest"], "evaluation": scores}
-    return result | {"stages": stages}
+    if not item.guidances:
+        return result
+    settings, ratio = item.values["mr_grpo"], item.values["mixture"]["mr_grpo"]["ratio"]
+    scored = {str(guidance): scores_of(item.scores_at(guidance)) for guidance in item.guidances}
+    for guidance in item.guidances:
+        samples = read_json(item.scores_at(guidance) / "samples.json")
+        scored[str(guidance)]["outcomes"] = {task: compact(rows) for task, rows in samples.items()}
+    return result | {
+        "rewards": settings["rewards"],
+        "held_out_reward": settings.get("held_out_reward"),
+        "tasks": sorted(task for task, share in ratio.items() if share),
+        "guidances": scored,
+    }
 
 
-def outcomes(item: Item, guidance: str) -> dict[str, Any]:
-    """Task -> scores, and of each sample in its order: strict, the weighted mean of the trained rewards, the held-out reward; "-" where
-    none applies."""
-    folder, config = scores_of(item, guidance), item.values["mr_grpo"]
-    scores, kept = read_json(folder / "metrics.json"), {}
-    for task, rows in read_json(folder / "samples.json").items():
-        rewards = [weighted(row["parts"], config["rewards"]) for row in rows]
-        held_out = [row["parts"].get(config.get("held_out_reward")) for row in rows]
-        kept[task] = {
-            "evaluation": scores[task],
-            "samples": sha256_json([row["key"] for row in rows]),
-            "strict": "".join(str(int(row["strict"])) for row in rows),
-            "rewards": spelled(rewards),
-            "held_out": spelled(held_out),
-        }
-    return kept
+def scores_of(evaluation: Path) -> dict[str, Any]:
+    return {
+        "model_digest": read_json(evaluation / "gates.json")["model_digest"],
+        "evaluation": read_json(evaluation / "metrics.json"),
+    }
 
 
-def weighted(parts: dict[str, float], weights: dict[str, float]) -> float | None:
-    """Mean of the parts that are rewarded, by weight; None where none is."""
-    total = sum(weight for name, weight in weights.items() if name in parts)
-    return sum(weight * parts[name] for name, weight in weights.items() if name in parts) / total if total else None
+def compact(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a task: samples named by a digest of their keys in order, strict as 0 and 1, each part as one letter a sample.
+
+    A letter is the place of the value in the part's `values`, 0-9, then a-z, then A-Z; where a part does not apply there is a `-`.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name in sorted({name for row in samples for name in row["parts"]}):
+        found = [row["parts"].get(name) for row in samples]
+        values = sorted({value for value in found if value is not None})
+        if len(values) > len(LETTERS):
+            raise ValueError(f"{name}: {len(values)} different values, expected at most {len(LETTERS)}: the verifier's parts are shares.")
+        place = {value: LETTERS[i] for i, value in enumerate(values)} | {None: "-"}
+        parts[name] = {"values": values, "samples": "".join(place[value] for value in found)}
+    return {
+        "keys": sha256_json([row["key"] for row in samples]),
+        "strict": "".join("01"[row["strict"]] for row in samples),
+        "parts": parts,
+    }
 
 
-def spelled(values: list[float | None]) -> str:
-    return " ".join("-" if value is None else f"{value:.4g}" for value in values)
+def expand(part: dict[str, Any]) -> list[float | None]:
+    """A part's value of each sample, None where it does not apply."""
+    return [None if letter == "-" else part["values"][LETTERS.index(letter)] for letter in part["samples"]]

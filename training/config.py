@@ -273,6 +273,8 @@ class ExperimentConfig(Settings):
             raise ValueError(f"stages: {list(self.stages)} given; allowed: [alignment, sft] or [mr_grpo]")
         if self.guidances and self.stages != ("mr_grpo",):
             raise ValueError(f"guidances: {list(self.guidances)} given; allowed with stages [alignment, sft]: none")
+        if len(set(self.guidances)) < len(self.guidances):
+            raise ValueError(f"guidances: {list(self.guidances)} names one twice")
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -18,8 +19,8 @@ from runtime.exits import Interrupted, StopRequest
 from runtime.files import read_json, sha256_path, tensors_digest, write_json
 from runtime.params import ParamsError, check_params
 from training import ablations
-from training.ablation_table import changes, interval, paired_interval, reinforced_table, score_of, table
-from training.ablations import Item, OtherResult, StageFailed, item_values, load_experiment, plan_items, run_queue
+from training.ablation_table import changes, interval, interval_of_both, score_of, side, table, table_over_start, weighted
+from training.ablations import Item, OtherResult, StageFailed, compact, expand, item_values, load_experiment, plan_items, run_queue
 from training.config import ExperimentConfig
 from training.evaluate import run_evaluation
 
@@ -37,6 +38,23 @@ EXPERIMENT = {
             "paper": "table 6",
             "expected": "lower",
             "overrides": {"model.vlm.stacked_layers": [6]},
+        }
+    },
+}
+REINFORCEMENT = {
+    "preset": "nano",
+    "stages": ["mr_grpo"],
+    "share_of_steps": 0.5,
+    "seeds": 2,
+    "guidances": [1.0, 2.0],
+    "overrides": {"mr_grpo.strips_every": 0},
+    "base": "as the smoke preset",
+    "variants": {
+        "control": {
+            "claim": "advantages train",
+            "paper": "none",
+            "expected": "lower",
+            "overrides": {"mr_grpo.control": True, "mr_grpo.auxiliary": None, "mixture.mr_grpo.auxiliary": None},
         }
     },
 }
@@ -254,98 +272,180 @@ def test_the_claims_of_the_repository_are_settings_that_params_allow():
         assert (params.alignment.steps, params.sft.steps) == (round(preset["alignment"]["steps"] / 4), round(preset["sft"]["steps"] / 4))
 
 
-# ---------------------------------------------------------------- stage 3, from the project's own SFT
-
-REINFORCED = {
-    "preset": "nano",
-    "stages": ["mr_grpo"],
-    "share_of_steps": 0.5,
-    "seeds": 2,
-    "guidances": [1.0, 2.0],
-    "overrides": {"mr_grpo.strips_every": 0},
-    "base": "as the smoke preset",
-    "variants": {"control": {"claim": "advantages do it", "paper": "none", "expected": "lower", "overrides": {"mr_grpo.control": True}}},
-}
+@pytest.fixture
+def reinforced(nano: Path) -> Path:
+    """The experiment trains mr_grpo, and the project has an SFT model: its foundation, which nobody trained."""
+    shutil.copytree(nano / "outputs" / "foundation", nano / "outputs" / "sft" / "model")
+    return declare(nano, REINFORCEMENT)
 
 
-def test_without_the_model_that_they_start_from_such_experiments_are_refused(nano: Path):
-    declare(nano, REINFORCED)
-    with pytest.raises(FileNotFoundError, match=r"outputs/sft is missing.*`dvc repro sft`"):
-        plan_items(nano, "nano")
+def test_an_mr_grpo_experiment_scores_its_start_once_and_moves_every_seed_of_the_stage_alone(reinforced: Path):
+    items = plan_items(reinforced, "nano")
+    assert [item.name for item in items] == ["start-seed0", "base-seed0", "control-seed0", "base-seed1", "control-seed1"]
+    assert items[0].stages == ["evaluation@sft at 1.0", "evaluation@sft at 2.0"]
+    assert items[1].stages == ["mixture@mr_grpo", "mr_grpo", "evaluation@mr_grpo at 1.0", "evaluation@mr_grpo at 2.0"]
+    first, later = items[1].values, items[3].values
+    assert (first["mr_grpo"]["steps"], first["mr_grpo"]["seed"], later["mr_grpo"]["seed"]) == (1, 0, 1)
+    assert [values["mr_grpo"]["auxiliary"]["seed"] for values in (first, later)] == [0, 1]
+    assert [later["mixture"]["mr_grpo"]["seed"], later["mixture"]["mr_grpo"]["auxiliary"]["seed"]] == [113, 114]
+    assert later["sft"] == first["sft"] and later["mixture"]["sft"] == first["mixture"]["sft"]
+
+
+def test_a_result_from_another_start_or_at_other_guidances_is_refused_and_without_a_start_nothing_begins(reinforced: Path):
+    for item in plan_items(reinforced, "nano"):
+        write_json(item.result, {"digests": item.digests})
+    declare(reinforced, REINFORCEMENT | {"guidances": [1.0]})
+    with pytest.raises(OtherResult, match=r"start-seed0\.json is of other guidances than now"):
+        run_queue(reinforced, "nano")
+    declare(reinforced, REINFORCEMENT | {"overrides": {"mr_grpo.strips_every": 0, "mr_grpo.eta": 0.5}})
+    with pytest.raises(OtherResult, match=r"base-seed0\.json is of other params than now"):  # which say nothing about the start
+        run_queue(reinforced, "nano")
+    declare(reinforced, REINFORCEMENT)
+    weights = sorted((reinforced / "outputs" / "sft" / "model").rglob("*.safetensors"))[0]
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()  # it may be a link
+    weights.write_bytes(content)
+    with pytest.raises(OtherResult, match=r"start-seed0\.json is of other start than now"):
+        run_queue(reinforced, "nano")
+    shutil.rmtree(reinforced / "outputs" / "sft")
+    with pytest.raises(FileNotFoundError, match=r"outputs/sft/model is missing.*`dvc repro sft`"):
+        run_queue(reinforced, "nano")
+
+
+@pytest.mark.parametrize("change", [{"stages": ["sft"]}, {"stages": ["alignment", "sft"]}, {"guidances": [1.0, 1.0]}])
+def test_stages_that_no_queue_runs_and_guidances_that_nothing_reads_are_refused(reinforced: Path, change: dict):
+    declare(reinforced, REINFORCEMENT | change)
+    with pytest.raises(ParamsError, match=next(iter(change)) if change != {"stages": ["alignment", "sft"]} else "guidances"):
+        load_experiment(reinforced, "nano")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_each_item_trains_stage_three_alone_from_the_same_start_and_keeps_what_became_of_each_sample(nano: Path):
-    for stage in ("alignment", "sft"):
-        run_stage(nano, stage)
-    declare(nano, REINFORCED | {"seeds": 1, "guidances": [2.0]})
-    items = plan_items(nano, "nano")
-    assert [item.name for item in items] == ["start-seed0", "base-seed0", "control-seed0"]
-    assert not any(stage in item.stages for item in items for stage in ("alignment", "sft"))
-    write_json(items[2].result, {"configuration": "control", "seed": 0, "digests": items[2].digests, "guidances": {}})
-    done = start(nano, "--jobs", "2")
-    assert done.wait(timeout=900) == 0, done.stdout.read() if done.stdout else ""
-    before, after = (read_json(item.result) for item in items[:2])
-    for result in (before, after):
-        for task, row in result["guidances"]["2.0"].items():
-            assert len(row["strict"]) == len(row["rewards"].split()) == row["evaluation"]["n"] == 8
-            assert row["strict"].count("1") == round(8 * row["evaluation"]["strict"])
-            assert "-" not in row["rewards"].split() or task == "image_edit"
-    assert before["stages"]["mr_grpo"] == {} and after["stages"]["mr_grpo"]["steps"] == 1
-    text = reinforced_table(load_experiment(nano, "nano"), {"start": {0: before}, "base": {0: after}})
-    assert "| base | 2.0 | 1 |" in text and "undecided" in text
+def test_a_queue_of_mr_grpo_begins_with_the_projects_sft_and_keeps_each_samples_outcome_at_each_guidance(project: Path):
+    for folder in ("ablations", "presets"):
+        (project / folder).mkdir()
+    (project / "presets" / "nano.yaml").write_text((project / "params.yaml").read_text())
+    run_stage(project, "alignment")
+    run_stage(project, "sft")
+    declare(project, REINFORCEMENT | {"seeds": 1})
+    weights = tensors_digest(project / "outputs" / "sft" / "model")
 
-    shutil.rmtree(nano / "outputs" / "sft" / "model")
-    shutil.copytree(nano / "outputs" / "alignment" / "model", nano / "outputs" / "sft" / "model")
-    with pytest.raises(OtherResult, match="is of other start than now"):
-        run_queue(nano, "nano")
-
-
-def scored(configuration: str, seed: int, strict: str, rewards: str) -> dict:
-    row = {"evaluation": {}, "samples": "s", "strict": strict, "rewards": rewards, "held_out": " ".join("-" for _ in strict)}
-    digests = dict.fromkeys(("code", "data", "foundation", "start"), "x")
-    guidances = {"1.0": {"text_to_image": row, "image_edit": row | {"rewards": row["held_out"]}}}
-    return {"configuration": configuration, "seed": seed, "digests": digests, "guidances": guidances}
+    said = start(project).communicate(timeout=900)[0]
+    results = {item.configuration: read_json(item.result) for item in plan_items(project, "nano")}
+    assert list(results) == ["start", "base", "control"], said
+    assert tensors_digest(project / "outputs" / "sft" / "model") == weights
+    digests = {name: result["guidances"]["1.0"]["model_digest"] for name, result in results.items()}
+    assert digests["start"] == digests["control"] == weights != digests["base"]  # a control without auxiliary loss learns nothing
+    assert results["base"]["stages"]["mr_grpo"]["steps"] == 1 and results["start"]["stages"] == {}
+    kept = [results[name]["guidances"] for name in ("start", "control")]
+    assert kept[0] == kept[1]
+    items = plan_items(project, "nano")
+    pictures = [sha256_path(items[1].scores_at(guidance) / "images") for guidance in (1.0, 2.0)]
+    assert pictures[0] != pictures[1]  # what the verifier says of so small a model may be the same
+    samples = read_json(items[1].scores_at(2.0) / "samples.json")
+    for task, rows in samples.items():
+        outcome = results["base"]["guidances"]["2.0"]["outcomes"][task]
+        assert [letter == "1" for letter in outcome["strict"]] == [row["strict"] for row in rows]
+        for name, part in outcome["parts"].items():
+            assert expand(part) == [row["parts"].get(name) for row in rows]
+    assert not (items[1].project / "outputs" / "sft").exists() and (items[1].project / "outputs" / "mr_grpo" / "model").is_dir()
+    assert not (project / "dvc.lock").exists()
 
 
-def test_changes_are_paired_by_sample_and_the_wider_interval_is_told():
-    before = {0: scored("start", 0, "0011" * 50, " ".join(["0.2 0.4 0.6 0.8"] * 50))}
-    better = {seed: scored("base", seed, "0111" * 50, " ".join(["0.3 0.5 0.7 0.9"] * 50)) for seed in range(3)}
-    text = reinforced_table(ExperimentConfig.model_validate(REINFORCED), {"start": before, "base": better})
-    assert "| start | 1.0 | - | 0.500 (n 200) | - | 0.500 (n 200) | 0.500 (n 200) |" in text
-    assert "| base | 1.0 | 3 | +0.1000 [+0.1000, +0.1000] rises | - | +0.2500 [+0.1898, +0.3102] rises |" in text
+def test_four_thousand_samples_of_each_task_at_two_guidances_are_kept_in_less_than_300_kb(tmp_path: Path):
+    draw = np.random.default_rng(0)
+    shares = sorted({a / b for b in range(1, 7) for a in range(b + 1)})
+    names = ("count", "shape", "color", "binding", "relation", "position", "word")
+    rows = [
+        {"key": f"{i:06d}", "strict": bool(draw.integers(2)), "parts": {name: draw.choice(shares) for name in names if draw.integers(2)}}
+        for i in range(4000)
+    ]
+    kept = compact(rows)
+    for name in names:
+        assert expand(kept["parts"][name]) == [row["parts"].get(name) for row in rows]
+    write_json(tmp_path / "kept.json", [kept] * 4)
+    assert (tmp_path / "kept.json").stat().st_size < 300_000
+    assert compact(rows[::-1])["keys"] != kept["keys"]
+    with pytest.raises(ValueError, match="word: 63 different values, expected at most 62"):
+        compact([{"key": str(i), "strict": True, "parts": {"word": i / 62}} for i in range(63)])
 
 
-def test_a_change_that_seeds_do_not_agree_on_is_undecided():
-    value, low, high = paired_interval([[0.1] * 50, [0.0] * 50, [0.2] * 50])
-    half = 4.302653 * 0.1 / 3**0.5
-    assert (value, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
+def test_trained_rewards_are_weighted_over_the_parts_that_apply_to_a_sample():
+    rows = [{"count": 1.0, "binding": 0.5}, {"count": 0.0}, {"word": 1.0}]
+    kept = compact([{"key": str(i), "strict": False, "parts": parts} for i, parts in enumerate(rows)])
+    np.testing.assert_allclose(weighted(kept, {"count": 0.5, "binding": 1.0}), [(0.5 * 1 + 1 * 0.5) / 1.5, 0.0, np.nan])
 
 
-def test_scores_of_other_samples_are_not_compared():
-    one, other = scored("start", 0, "01", "0 1"), scored("base", 1, "01", "0 1")
-    other["guidances"]["1.0"]["text_to_image"] = other["guidances"]["1.0"]["text_to_image"] | {"samples": "others"}
-    with pytest.raises(ValueError, match="base-seed1 and start were scored on other samples"):
-        changes(other, one, "1.0", "text_to_image", "strict")
+def scored(name: str, seed: int, rewards: list[float], generated: list[int], edited: list[int], samples: str = "abcd") -> dict:
+    """A result at guidance 1.0 of four samples a task; `count` is trained, `relation`, which only the last asks for, held out."""
+    tasks = {
+        "text_to_image": compact(
+            [
+                {"key": key, "strict": bool(right), "parts": {"count": reward} | ({"relation": reward} if key == samples[-1] else {})}
+                for key, right, reward in zip(samples, generated, rewards, strict=True)
+            ]
+        ),
+        "image_edit": compact(
+            [{"key": key, "strict": bool(right), "parts": {"count": 0.0}} for key, right in zip(samples, edited, strict=True)]
+        ),
+    }
+    return {
+        "configuration": name,
+        "seed": seed,
+        "digests": {"code": "a", "data": "b", "foundation": "c", "start": "d"},
+        "rewards": {"count": 0.5},
+        "held_out_reward": "relation",
+        "tasks": ["text_to_image"],
+        "guidances": {"1.0": {"outcomes": tasks, "evaluation": {task: {"n": 4} for task in tasks}}},
+    }
 
 
-def test_the_experiment_of_the_repository_with_stage_three_is_one_that_params_allow():
+def test_changes_over_the_start_are_those_of_each_sample_and_other_samples_are_refused():
+    before = scored("start", 0, [0.0, 0.25, 0.5, 0.5], [0, 0, 1, 1], [1, 1, 1, 1])
+    after = scored("base", 0, [0.5, 0.25, 0.5, 1.0], [1, 0, 0, 1], [1, 1, 1, 0])
+    changed = changes(before, [after, after], "1.0")
+    assert {name: rows.tolist() for name, rows in changed.items()} == {
+        "trained rewards": [[0.5, 0.0, 0.0, 0.5]] * 2,
+        "held-out reward (relation)": [[0.5]] * 2,
+        "generation, strict": [[1.0, 0.0, -1.0, 0.0]] * 2,
+        "editing, strict": [[0.0, 0.0, 0.0, -1.0]] * 2,
+    }
+    with pytest.raises(ValueError, match="base-seed1: scored on other samples of text_to_image than start"):
+        changes(before, [after, scored("base", 1, [0.0] * 4, [0] * 4, [0] * 4, samples="abce")], "1.0")
+
+
+def test_the_interval_is_as_wide_as_that_of_samples_and_as_that_of_seeds():
+    samples, seeds = np.array([[0.0, 0.1, 0.2, 0.3]] * 3), np.array([[0.0] * 4, [0.1] * 4, [0.2] * 4])
+    assert interval_of_both(samples) == pytest.approx(interval([0.0, 0.1, 0.2, 0.3]))
+    assert interval_of_both(seeds) == pytest.approx(interval([0.0, 0.1, 0.2]))
+    assert interval_of_both(samples[:1]) == pytest.approx(interval([0.0, 0.1, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize(("ends", "said"), [((0.01, 0.2), "rises"), ((-0.2, -0.01), "falls"), ((-0.1, 0.1), "undecided")])
+def test_a_change_is_told_in_words_where_its_interval_leaves_no_doubt(ends: tuple[float, float], said: str):
+    assert side(ends) == said
+
+
+def test_the_table_of_mr_grpo_tells_each_change_over_the_start_and_each_variant_beside_base():
+    before = scored("start", 0, [0.0] * 4, [0] * 4, [1] * 4)
+    base = {seed: scored("base", seed, [0.5] * 4, [1] * 4, [1] * 4) for seed in range(2)}
+    control = {seed: scored("control", seed, [0.0] * 4, [0] * 4, [1, 1, 1, 0]) for seed in range(2)}
+    experiment = ExperimentConfig.model_validate(REINFORCEMENT)
+    text = table_over_start(experiment, {"start": {0: before}, "base": base, "control": control})
+    assert "| base | 2 | 1.0 | trained rewards | 0.000 | +0.500 [+0.500, +0.500] | rises |" in text
+    assert "| base | 2 | 1.0 | editing, strict | 1.000 | +0.000 [+0.000, +0.000] | undecided; at most 0.02 lost: yes |" in text
+    assert "| control | 2 | 1.0 | editing, strict | 1.000 | -0.250 [-1.046, +0.546] | undecided; at most 0.02 lost: not shown |" in text
+    assert "**shows**. lower than base expected; generation at guidance 1.0 -1.000 [-1.000, -1.000], editing at guidance 1.0 -0.250" in text
+    alone = table_over_start(experiment, {"start": {0: before}, "base": {0: base[0]}, "control": {0: control[0]}})
+    assert "(one seed)" in alone and "**not measured yet**" in alone
+    with pytest.raises(FileNotFoundError, match="no result of start yet"):
+        table_over_start(experiment, {"base": base})
+
+
+def test_the_mr_grpo_experiment_of_the_repository_is_settings_that_params_allow():
     experiment = load_experiment(REPO, "mr_grpo")
     preset = yaml.safe_load((REPO / "presets" / f"{experiment.preset}.yaml").read_text())
-    for configuration, overrides in experiment.configurations().items():
-        config = check_params(item_values(preset, experiment, overrides, seed=2, samples=None)).mr_grpo
-        assert config.seed == 2 and (config.auxiliary is None) == (configuration == "no_auxiliary")
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"stages": ["sft"]}, r"allowed: \[alignment, sft\] or \[mr_grpo\]"),
-        ({"stages": ["alignment", "sft"]}, r"guidances: \[1.0, 2.0\] given; allowed with stages \[alignment, sft\]: none"),
-        ({"variants": {"start": REINFORCED["variants"]["control"]}}, "neither base nor start"),
-    ],
-)
-def test_an_experiment_that_can_not_be_is_refused(change: dict, said: str):
-    with pytest.raises(ValueError, match=said):
-        ExperimentConfig.model_validate(REINFORCED | change)
+    for name, overrides in experiment.configurations().items():
+        params = check_params(item_values(preset, experiment, overrides, seed=2, samples=None))
+        assert (params.mr_grpo.steps, params.mr_grpo.seed, params.mr_grpo.probe) == (preset["mr_grpo"]["steps"], 2, None), name
