@@ -1,5 +1,9 @@
 """Text in images as a reward: what a prompt quotes, how near what was read comes to it, and a real engine on rendered words."""
 
+import random
+import socket
+import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +11,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from data.prompts import read_prompts
-from training.rewards.ocr import OCR, distance, quoted, similarity, word_accuracy
+from training.rewards import ocr
+from training.rewards.ocr import OCR, NoOCR, extend, nearness, quoted, similarity, word_accuracy
 from training.rewards.scores import Group
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "samples" / "prompts" / "deepgen_rl"
@@ -42,7 +47,26 @@ def test_of_the_real_prompts_those_for_text_all_quote_something_and_the_others_d
 
 @pytest.mark.parametrize(("one", "other", "apart"), [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "abc", 0), ("flaw", "lawn", 2)])
 def test_the_distance_is_levenshteins(one: str, other: str, apart: int):
-    assert distance(one, other) == distance(other, one) == apart
+    for text, read in ((one, other), (other, one)):
+        row = np.arange(len(text) + 1)
+        assert extend(row, text, read)[-1] == apart
+        assert extend(extend(row, text, read[:3]), text, read[3:])[-1] == apart, "read in two pieces"
+
+
+def test_the_nearest_run_of_lines_is_that_of_all_runs_compared_one_by_one():
+    rng = random.Random(0)
+    for _ in range(200):
+        text, *lines = ("".join(rng.choices("abc", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 6)))
+        runs = ["".join(lines[first:last]) for first in range(len(lines)) for last in range(first + 1, len(lines) + 1)]
+        assert nearness(text, lines) == max((1 - apart(text, run) / max(len(text), len(run)) for run in runs), default=0.0)
+
+
+@cache
+def apart(one: str, other: str) -> int:
+    """The edit distance by its definition."""
+    if not one or not other:
+        return len(one) + len(other)
+    return min(apart(one[1:], other) + 1, apart(one, other[1:]) + 1, apart(one[1:], other[1:]) + (one[0] != other[0]))
 
 
 def test_a_string_is_as_near_as_its_best_match_among_lines_and_runs_of_them():
@@ -87,10 +111,20 @@ def rendered(*lines: tuple[str, int]) -> np.ndarray:
     return np.asarray(image)
 
 
+@pytest.mark.parametrize("package", ["rapidocr", "onnxruntime"])
+def test_without_either_package_it_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(NoOCR, match=r'need rapidocr and onnxruntime: pip install -c constraints\.txt "\.\[ocr\]"'):
+        ocr.rapidocr()
+
+
 @pytest.mark.slow
 def test_the_engine_of_the_package_reads_rendered_words_without_a_network(monkeypatch: pytest.MonkeyPatch):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens
+    def refuse(*_: object) -> None:
+        raise AssertionError("it goes to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     reward = OCR(["ocr", "ocr_words"])
     images = rendered(("Grand Opening", 48), ("Sale", 64)), rendered(("Grand Closing", 48)), rendered()
     scores = reward(group_of('a poster "Grand Opening" and below "Sale"', *images))

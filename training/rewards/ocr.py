@@ -4,7 +4,6 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -74,6 +73,7 @@ def rapidocr() -> Read:
         NoOCR: it is not installed.
     """
     try:
+        import onnxruntime  # noqa: F401  # rapidocr asks for it at the first image, where a failure means a missing score
         from rapidocr import RapidOCR
     except ImportError as error:
         raise NoOCR('The rewards ocr and ocr_words need rapidocr and onnxruntime: pip install -c constraints.txt ".[ocr]".') from error
@@ -97,10 +97,24 @@ def fold(text: str) -> str:
 def similarity(wanted: Sequence[str], lines: Sequence[str]) -> float:
     """In [0, 1]. A string may be broken into lines: runs of neighbouring lines are looked at as well."""
     read = [fold(line) for line in lines]
-    runs = ["", *(run for first in range(len(read)) for run in accumulate(read[first:]))]
     folded = [text for text in map(fold, wanted) if text]
-    total = sum(map(len, folded))
-    return sum(len(text) * max(1 - distance(text, run) / max(len(text), len(run)) for run in runs) for text in folded) / total
+    return sum(len(text) * nearness(text, read) for text in folded) / sum(map(len, folded))
+
+
+def nearness(text: str, lines: Sequence[str]) -> float:
+    """1 less the edit distance over the longer one's length, of the run of neighbouring lines that is nearest; 0 of no lines.
+
+    A picture may hold dozens of lines that mean nothing, so that a run's distances go on from those of the run without its last line.
+    """
+    best = 0.0
+    for first in range(len(lines)):
+        row, length = np.arange(len(text) + 1), 0
+        for line in lines[first:]:
+            if length and len(text) / length <= best:
+                break  # of a longer run no more than that share can be right
+            row, length = extend(row, text, line), length + len(line)
+            best = max(best, 1 - int(row[-1]) / max(len(text), length))
+    return best
 
 
 def word_accuracy(wanted: Sequence[str], lines: Sequence[str]) -> float:
@@ -114,11 +128,12 @@ def word_accuracy(wanted: Sequence[str], lines: Sequence[str]) -> float:
     return right / len(words) if words else similarity(wanted, lines)
 
 
-def distance(one: str, other: str) -> int:
-    """Levenshtein's: insertions, deletions and substitutions."""
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
-        before, row[0] = row[0], i
-        for j, b in enumerate(other, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
-    return row[-1]
+def extend(row: np.ndarray, text: str, more: str) -> np.ndarray:
+    """Levenshtein's distances (len(text) + 1,) between what was read and text[:j], once `more` was read as well; `row` is those before,
+    of nothing read 0, 1, 2, ..."""
+    letters, places = np.array([ord(letter) for letter in text]), np.arange(len(text) + 1)
+    for letter in more:
+        moved = row + 1
+        np.minimum(moved[1:], row[:-1] + (letters != ord(letter)), out=moved[1:])
+        row = np.minimum.accumulate(moved - places) + places
+    return row
