@@ -15,7 +15,7 @@ from training.rewards.scores import Group, Scores
 
 
 class NoCLIP(Plain):
-    """The reward `clip` is asked for, and its weights are not there."""
+    """The reward `clip` is asked for, and its folder lacks weights, or holds another model's."""
 
 
 class CLIPSimilarity:
@@ -28,7 +28,7 @@ class CLIPSimilarity:
         tokenizer: the project's, for a CLIP that has none of its own: it closes a prompt by padding, and reads pixels in [-1, 1].
 
     Raises:
-        NoCLIP: naming what is missing.
+        NoCLIP: naming what is missing, or does not belong together.
     """
 
     names: tuple[str, ...] = ("clip",)
@@ -39,8 +39,21 @@ class CLIPSimilarity:
         for file in (folder / "config.json", folder / "model.safetensors", words / "tokenizer_config.json"):
             if not file.is_file():
                 raise NoCLIP(f"{file} is missing, which the reward clip reads. Bring it there, or take clip out of mr_grpo.rewards.")
-        self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval().to(device)
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind != "clip":
+            raise NoCLIP(f"{folder / 'config.json'}: model_type is {kind!r}, the reward clip reads 'clip'. Bring a CLIP's folder there.")
+        clip, loaded = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if absent := sorted(loaded["missing_keys"]):  # transformers makes them up
+            raise NoCLIP(f"{folder / 'model.safetensors'} lacks {absent[0]} ({len(absent)} of its tensors). Bring the whole file there.")
+        self.clip = clip.eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        if len(self.tokenizer) > (rows := clip.config.text_config.vocab_size):
+            raise NoCLIP(
+                f"{words}: {len(self.tokenizer)} words, and the CLIP in {folder} has rows for {rows}. It needs the tokenizer that it was "
+                "trained with: in its own folder, or the project's if that is the one."
+            )
         file = folder / "preprocessor_config.json"
         norm = read_json(file) if file.is_file() else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         self.mean, self.std = (torch.tensor(norm[f"image_{name}"], device=device).view(3, 1, 1) for name in ("mean", "std"))
