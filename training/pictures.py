@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from runtime.files import write_atomic
 
 CAPTION = 14
+STRIP_SIDE = 192  # pixels of a picture in a strip, which goes into the report's page
 
 
 def save_grid(rows: Sequence[Sequence[np.ndarray]], path: Path, captions: Sequence[Sequence[str]] | None = None, scale: int = 1) -> None:
@@ -125,4 +126,11 @@ def save_strips(shown: Sequence[Shown], path: Path) -> None:
     """The best picture of each reward, and below it the worst: `shown` has them in pairs."""
     rows = [shown[::2], shown[1::2]]
     captions = [[f"{row.value:.2f} {row.reward}: {row.prompt}" for row in strip] for strip in rows]
-    save_grid([[row.image for row in strip] for strip in rows], path, captions, scale=max(1, 128 // shown[0].image.shape[1]))
+    images = [[_reduced(row.image) for row in strip] for strip in rows]
+    save_grid(images, path, captions, scale=max(1, 128 // shown[0].image.shape[1]))
+
+
+def _reduced(image: np.ndarray) -> np.ndarray:
+    small = Image.fromarray(image)
+    small.thumbnail((STRIP_SIDE, STRIP_SIDE))
+    return np.asarray(small)

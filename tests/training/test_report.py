@@ -270,3 +270,12 @@ def test_the_pictures_that_rewards_tell_apart_are_on_the_page_where_there_are_an
     assert (pixels[20, 20] > 240).all() and (pixels[200, 20] < 30).all(), "the best is above the worst"
     _, page = write_report(project)
     assert "What the rewards tell apart" in page and page.index("update 000008") < page.index("update 000016")
+
+
+def test_large_pictures_are_reduced_for_a_strip_so_that_a_page_of_them_can_be_mailed(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    large = [np.asarray(Image.fromarray(rng.integers(0, 256, (32, 24, 3), np.uint8)).resize((384, 512))) for _ in range(8)]
+    save_strips([Shown("clip", "a red circle", 0.5, image) for image in large], tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as image:
+        assert image.size == (4 * (144 + 4) + 4, 2 * (192 + 14 + 4) + 4)
+    assert (tmp_path / "strip.png").stat().st_size < 150_000
