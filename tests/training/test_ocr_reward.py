@@ -59,6 +59,7 @@ def test_the_nearest_run_of_lines_is_that_of_all_runs_compared_one_by_one():
         text, *lines = ("".join(rng.choices("abc", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 6)))
         runs = ["".join(lines[first:last]) for first in range(len(lines)) for last in range(first + 1, len(lines) + 1)]
         assert nearness(text, lines) == max((1 - apart(text, run) / max(len(text), len(run)) for run in runs), default=0.0)
+    assert nearness("abcdefghij", ["abcdefghix", "j"]) == 1 - 1 / 11, "nearly as good without its end"
 
 
 @cache
