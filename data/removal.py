@@ -61,17 +61,24 @@ def find_removed(stage: str, config: MixtureConfig, data: DataConfig, shards: Pa
     return removed
 
 
-def find_contamination(config: MixtureConfig, data: DataConfig, shards: Path, root: Path) -> dict[str, dict[str, int]]:
-    """Evaluation set -> of how many prompts it is, and how many of its items lie in parts whose leaks the recipe allows by name: every
-    score of such a set is to be marked with it. What a drawn part may repeat, unless it is named, marks nothing."""
-    parts = [name for name, weight in config.parts.items() if weight > 0 and config.evaluation_leak.get(name) == "allow"]
+def find_contamination(
+    mixture: dict[str, Any], config: MixtureConfig, data: DataConfig, shards: Path, root: Path
+) -> dict[str, dict[str, int]]:
+    """Evaluation set -> of how many prompts it is, and how many of its items are read from parts whose leaks the recipe allows by name:
+    every score of such a set is to be marked with it. What a drawn part may repeat, unless it is named, marks nothing.
+
+    Args:
+        mixture: `config`, as `data.mixture.resolve_mixture` resolves it.
+    """
+    read = {part["part"]: set(part["removed"]) for parts in mixture["tasks"].values() for part in parts}
+    parts = {name: gone for name, gone in read.items() if config.evaluation_leak.get(name) == "allow"}
     if not parts:
         return {}
     index = evaluation_index(data, shards, root)
     items: dict[str, set[str]] = {}
-    for name in parts:
-        for sample in read_table(shards / name / "rows.parquet", COLUMNS).to_pylist():
-            if found := index.leak(sample["prompt"], _hashes(sample)):
+    for name, gone in parts.items():
+        for row, sample in enumerate(read_table(shards / name / "rows.parquet", COLUMNS).to_pylist()):
+            if row not in gone and (found := index.leak(sample["prompt"], _hashes(sample))):
                 item = found.partition("]: ")[0]
                 items.setdefault(item.rpartition("[")[0], set()).add(item)
     return {name: {"items": len(found), "of": index.prompts[name]} for name, found in sorted(items.items())}

@@ -127,16 +127,12 @@ def _resolve(run: StageRun, stage: str, config: MixtureConfig) -> dict[str, Any]
     removed = find_removed(stage, config, run.params.data, shards, run.root)
     mixture = resolve_mixture(stage, config, shards, {name: sorted(rows) for name, rows in removed.items()})
     names = [part["part"] for parts in mixture["tasks"].values() for part in parts]
-    contamination = find_contamination(config, run.params.data, shards, run.root)
+    contamination = find_contamination(mixture, config, run.params.data, shards, run.root)
     for name, found in contamination.items():
         print(f"{stage}: {found['items']} of the {found['of']} items of {name} are trained on; its scores will say so", flush=True)
-    marked = {"contamination": contamination} if contamination else {}
-    return (
-        mixture
-        | marked
-        | {
-            "realised": {"samples": COUNTED, "parts": part_counts(mixture, COUNTED)},
-            "evaluation_leak": {name: leak_policy(config, run.params.data, name) for name in names},
-            "taken_out": {name: dict(Counter(str(row.reason) for row in rows.values())) for name, rows in removed.items()},
-        }
-    )
+    mixture |= {
+        "realised": {"samples": COUNTED, "parts": part_counts(mixture, COUNTED)},
+        "evaluation_leak": {name: leak_policy(config, run.params.data, name) for name in names},
+        "taken_out": {name: dict(Counter(str(row.reason) for row in rows.values())) for name, rows in removed.items()},
+    }
+    return mixture | ({"contamination": contamination} if contamination else {})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from model.deepgen import Condition, DeepGen
-from runtime.keys import seed_from
+from runtime.files import sha256_bytes
 from training.batching import stack_pixels
 
 LIMIT = 4_000_000_000  # bytes; the prompts that were asked for longest ago make room
@@ -19,7 +19,7 @@ class Conditions:
 
     def __init__(self, model: DeepGen, limit: int = LIMIT) -> None:
         self.model, self.limit = model, limit
-        self.held: OrderedDict[tuple[str, int], Condition] = OrderedDict()
+        self.held: OrderedDict[tuple[str, ...], Condition] = OrderedDict()
         self.bytes = self.computed = 0
 
     def of(self, batch: Batch, rows: Sequence[int], prompt: str | None = None) -> Condition:
@@ -29,7 +29,7 @@ class Conditions:
     @torch.no_grad()
     def _one(self, prompt: str, batch: Batch, row: int) -> Condition:
         images = [array[row] for array in batch.reference_images]
-        name = (prompt, seed_from(*(image.tobytes().hex() for image in images)) if images else 0)
+        name = (prompt, *(sha256_bytes(image.tobytes()) for image in images))
         if name not in self.held:
             references = tuple(stack_pixels([image], self.model.device) for image in images)
             condition = self.model.encode_condition([prompt], references)

@@ -29,6 +29,10 @@ class NonFiniteLoss(Plain):
     """Losses or gradients were NaN or infinite. No weight was changed by those steps."""
 
 
+class StepsRefused(Plain):
+    """The stage itself refused too many steps, most often for want of rewards. No weight was changed by those steps."""
+
+
 class OutOfMemory(Plain):
     """The device has not the memory that a step takes."""
 
@@ -77,6 +81,7 @@ class Guard:
 
         Raises:
             NonFiniteLoss: `stop_after` steps were bad; what they were is in `bad_steps.json` of the run folder.
+            StepsRefused: so many, and the stage itself refused the last.
         """
         seen, self.seen = self.seen, []
         finite = math.isfinite(loss) and math.isfinite(norm) and all(finite_input(batch) for batch, _ in seen)
@@ -87,9 +92,10 @@ class Guard:
         counts["spikes"] += spike
         if why:
             counts["skipped"] += 1
-            self._log("skip", f"{why}: no weight is changed", {"step": self.state.step + 1, "why": why, "ranks": []})
+            refused: dict[str, Any] = {"step": self.state.step + 1, "why": why}
+            self._log("skip", f"{why}: no weight is changed", refused)
             if counts["skipped"] >= self.config.stop_after:
-                self._stop({"step": self.state.step + 1, "loss": number(loss), "grad_norm": number(norm), "why": why, "ranks": []})
+                self._stop(refused)
             return True
         if not (bad or spike):
             counts["streak"] = 0
@@ -136,6 +142,11 @@ class Guard:
         evidence = self.folder / "bad_steps.json"
         if rank() == 0:
             write_json(evidence, {"stage": self.stage, "counts": self.state.guard, "last": facts, "log": self._log_file.name})
+        if "why" in facts:
+            raise StepsRefused(
+                f"{self.stage}: {self.state.guard['skipped']} steps refused in all, {self.stage}.guard.stop_after is "
+                f"{self.config.stop_after}; the last was step {facts['step']}: {facts['why']}. All are in {self._log_file}."
+            )
         raise NonFiniteLoss(
             f"{self.stage}: {self.state.guard['skipped']} bad steps in all, {self.stage}.guard.stop_after is {self.config.stop_after}; the "
             f"last was step {facts['step']}, loss {facts['loss']}, gradient norm {facts['grad_norm']}{blame(facts['ranks'])}. The samples "

@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
-from data.loader import Loader
 from runtime.exits import Interrupted
 from runtime.progress import Progress
 from runtime.stage import StageRun, rank
@@ -41,8 +40,6 @@ class Tried:
 
 class Work(Protocol):
     """What a stage does in a step."""
-
-    loader: Loader
 
     def gradients(self, guard: Guard, heartbeat: Heartbeat) -> Tried:
         """Leave the gradients of step `state.step` in the parameters."""

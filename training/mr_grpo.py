@@ -152,7 +152,7 @@ class Reinforcement:
     def gradients(self, guard: Guard, heartbeat: Heartbeat) -> Tried:
         self.seconds = dict.fromkeys(("rollout_s", "reward_s", "update_s"), 0.0)
         rewarded = self.rewarded_groups(guard, heartbeat)
-        everyone = Everyone.of(rewarded, self.scoring.weights(rewarded.groups), rewarded.diversity)
+        everyone = Everyone.of(rewarded, self.scoring.weights(rewarded.groups))
         row = self.numbers(everyone)
         if row["coverage"] < self.config.min_coverage:
             return self.refuse(row)
@@ -328,9 +328,10 @@ class Everyone:
     diversity: float
 
     @classmethod
-    def of(cls, rewarded: Rewarded, weights: Tensor, diversity: float) -> "Everyone":
-        ranks = from_every_rank((rewarded.scores, weights, diversity))
-        return cls(below([each[0] for each in ranks]), torch.cat([each[1] for each in ranks]), sum(each[2] for each in ranks) / len(ranks))
+    def of(cls, rewarded: Rewarded, weights: Tensor) -> "Everyone":
+        """Of this rank's and all others'."""
+        scores, every, diversity = zip(*from_every_rank((rewarded.scores, weights, rewarded.diversity)), strict=True)
+        return cls(below(scores), torch.cat(every), sum(diversity) / len(diversity))
 
 
 def weighted_mean(scores: Scores, weights: Tensor) -> Tensor:

@@ -66,11 +66,9 @@ def update(
     row |= {"policy_grad_norm": policy_norm}
     if auxiliary is None:
         if config.control:
-            combine(trained, [p.grad for p in trained], 0.0, 0.0)
+            taken_off(trained)
         return row
-    policy = [parameter.grad for parameter in trained]
-    for parameter in trained:
-        parameter.grad = None
+    policy = taken_off(trained)
     loss = float(auxiliary())
     auxiliary_norm = norm_of(trained)
     assert config.auxiliary is not None
@@ -87,6 +85,14 @@ def shares(weight: float | None, share: float | None, policy_norm: float, auxili
         return 1 - weight, weight
     assert share is not None
     return 1.0, share * policy_norm / auxiliary_norm if auxiliary_norm > 0 else 0.0
+
+
+def taken_off(trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """The gradients, which are no longer in the parameters."""
+    gradients = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    return gradients
 
 
 def combine(trained: Sequence[nn.Parameter], policy: Sequence[Tensor | None], ours: float, theirs: float) -> None:

@@ -82,6 +82,13 @@ def test_among_parts_with_pictures_it_makes_a_batch_of_prompts_alone(tmp_path: P
     assert [bool(scene) for scene in batch.scenes] == [part == "drawn" for part in batch.parts]
 
 
+def contamination(
+    config: MixtureConfig, data: DataConfig, root: Path, removed: dict[str, list[int]] | None = None
+) -> dict[str, dict[str, int]]:
+    mixture = resolve_mixture("mr_grpo", config, root / "shards", removed)
+    return find_contamination(mixture, config, data, root / "shards", root)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -103,10 +110,11 @@ def test_prompts_of_an_evaluation_set_are_refused_and_where_they_are_allowed_its
         EvaluationLeak, match=r"4 samples of 'rl' are in an evaluation set(.|\n)*rl.txt\[0\]: test.txt\[0\]: the same prompt"
     ):
         find_removed("mr_grpo", MIXTURE, data, tmp_path / "shards", tmp_path)
-    assert find_contamination(MIXTURE, data, tmp_path / "shards", tmp_path) == {}
+    assert contamination(MIXTURE, data, tmp_path) == {}
     allowed = MIXTURE.model_copy(update={"evaluation_leak": {"rl": "allow"}})
     assert not any(find_removed("mr_grpo", allowed, data, tmp_path / "shards", tmp_path).values())
-    assert find_contamination(allowed, data, tmp_path / "shards", tmp_path) == {"test.txt": {"items": 3, "of": 5}}
+    assert contamination(allowed, data, tmp_path) == {"test.txt": {"items": 3, "of": 5}}
+    assert contamination(allowed, data, tmp_path, {"rl": [1, 2]}) == {"test.txt": {"items": 1, "of": 5}}, "what is taken down is not read"
 
 
 @needs_samples
@@ -119,7 +127,7 @@ def test_the_published_rl_prompts_that_are_a_benchmarks_test_set_are_caught(tmp_
     with pytest.raises(EvaluationLeak, match="samples of 'rl' are in an evaluation set"):
         find_removed("mr_grpo", MIXTURE, data, tmp_path / "shards", tmp_path)
     allowed = MIXTURE.model_copy(update={"evaluation_leak": {"rl": "allow"}})
-    marks = find_contamination(allowed, data, tmp_path / "shards", tmp_path)
+    marks = contamination(allowed, data, tmp_path)
     assert sum(row["items"] for row in marks.values()) >= 30 and all(row["items"] <= row["of"] for row in marks.values())
 
 

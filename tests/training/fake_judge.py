@@ -34,108 +34,7 @@ class FakeJudge:
         self.seen: list[tuple[float, float]] = []
         self.headers: list[dict[str, str]] = []
         self.lock, self.number, self.under_way, self.most = threading.Lock(), 0, 0, 0
-        judge = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self.reply({"data": [{"id": judge.model}]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                first, second = (
-                    brightness(part["image_url"]["url"]) for part in body["messages"][0]["content"] if part["type"] == "image_url"
-                )
-                with judge.lock:
-                    number, judge.number = judge.number, judge.number + 1
-                    judge.seen.append((first, second))
-                    judge.headers.append(dict(self.headers))
-                    judge.under_way += 1
-                    judge.most = max(judge.most, judge.under_way)
-                try:
-                    time.sleep(judge.delay)
-                    self.answer(judge.fault(number), judge.prefer(first, second))
-                except OSError:
-                    pass  # the client has gone
-                finally:
-                    with judge.lock:
-                        judge.under_way -= 1
-
-            def answer(self, fault: str, place: Any) -> None:
-                good = {
-                    "model": judge.model,
-                    "choices": [{"message": {"content": f"<think>8 > 3</think><answer>Image {place} is better</answer>"}}],
-                }
-                name, _, value = fault.partition("=")
-                if name == "":
-                    self.reply(good)
-                elif name == "status":
-                    self.reply({"error": "down"}, int(value))
-                elif name == "retry_after":
-                    self.reply({"error": "busy"}, 503, {"Retry-After": value})
-                elif name == "html":
-                    self.raw(b"<html>not found</html>", "text/html", 404)
-                elif name == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    os.close(self.connection.detach())  # its files would keep it open
-                elif name == "hang":
-                    time.sleep(float(value))
-                elif name == "drip":
-                    self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                    for _ in range(600):
-                        self.wfile.write(b" ")
-                        self.wfile.flush()
-                        time.sleep(0.1)
-                elif name == "headers":
-                    self.wfile.write(b"HTTP/1.1 200 OK\r\n")
-                    for i in range(600):
-                        self.wfile.write(b"X-%d: more\r\n" % i)
-                        self.wfile.flush()
-                        time.sleep(0.1)
-                elif name == "says":
-                    self.reply({"model": judge.model, "choices": [{"message": {"content": json.loads(value)}}]})
-                elif name == "json":
-                    self.raw(value.encode())
-                elif name == "huge":
-                    self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500000000\r\n\r\n")
-                    for _ in range(500):
-                        self.wfile.write(b" " * 1_000_000)
-                elif name == "pickle":  # unpickled, it would leave a file behind
-                    self.raw(b"cbuiltins\nopen\n(V" + judge.marker.encode() + b"\nVw\ntR.")
-                elif name == "gzip":
-                    self.raw(BOMB, encoding="gzip")
-                elif name == "deep":
-                    self.raw(b"[" * 200_000)
-                elif name == "other_id":
-                    self.reply(good, headers={"X-Request-Id": "somebody else's"})
-                elif name == "model":
-                    self.reply(good | {"model": value})
-                else:
-                    raise ValueError(fault)
-
-            def reply(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-                self.raw(json.dumps(value).encode(), status=status, headers=headers)
-
-            def raw(
-                self,
-                content: bytes,
-                kind: str = "application/json",
-                status: int = 200,
-                headers: dict[str, str] | None = None,
-                encoding: str = "",
-            ) -> None:
-                self.send_response(status)
-                told = {"Content-Type": kind, "Content-Length": str(len(content))} | ({"Content-Encoding": encoding} if encoding else {})
-                for name, value in (told | (headers or {})).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"judge": self}))
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}/v1"
@@ -143,6 +42,110 @@ class FakeJudge:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A fault is a method of its name, told what stands behind "=" and what a good answer would be."""
+
+    protocol_version = "HTTP/1.1"
+    judge: FakeJudge
+
+    def log_message(self, *_: Any) -> None:
+        """Tests stay quiet."""
+
+    def do_GET(self) -> None:
+        self.reply({"data": [{"id": self.judge.model}]})
+
+    def do_POST(self) -> None:
+        judge, body = self.judge, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        images = [part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+        first, second = map(brightness, images)
+        with judge.lock:
+            number, judge.number = judge.number, judge.number + 1
+            judge.seen.append((first, second))
+            judge.headers.append(dict(self.headers))
+            judge.under_way += 1
+            judge.most = max(judge.most, judge.under_way)
+        text = f"<think>8 > 3</think><answer>Image {judge.prefer(first, second)} is better</answer>"
+        name, _, value = judge.fault(number).partition("=")
+        try:
+            time.sleep(judge.delay)
+            getattr(self, name or "well")(value, {"model": judge.model, "choices": [{"message": {"content": text}}]})
+        except OSError:
+            pass  # the client has gone
+        finally:
+            with judge.lock:
+                judge.under_way -= 1
+
+    def well(self, value: str, good: dict[str, Any]) -> None:
+        self.reply(good)
+
+    def status(self, value: str, good: dict[str, Any]) -> None:
+        self.reply({"error": "down"}, int(value))
+
+    def retry_after(self, value: str, good: dict[str, Any]) -> None:
+        self.reply({"error": "busy"}, 503, {"Retry-After": value})
+
+    def html(self, value: str, good: dict[str, Any]) -> None:
+        self.raw(b"<html>not found</html>", "text/html", 404)
+
+    def reset(self, value: str, good: dict[str, Any]) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())  # its files would keep it open
+
+    def hang(self, value: str, good: dict[str, Any]) -> None:
+        time.sleep(float(value))
+
+    def drip(self, value: str, good: dict[str, Any]) -> None:
+        self.slowly(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b" ")
+
+    def endless_headers(self, value: str, good: dict[str, Any]) -> None:
+        self.slowly(b"HTTP/1.1 200 OK\r\n", b"X-More: more\r\n")
+
+    def says(self, value: str, good: dict[str, Any]) -> None:
+        self.reply(good | {"choices": [{"message": {"content": json.loads(value)}}]})
+
+    def text(self, value: str, good: dict[str, Any]) -> None:
+        self.raw(value.encode())
+
+    def huge(self, value: str, good: dict[str, Any]) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500000000\r\n\r\n")
+        for _ in range(500):
+            self.wfile.write(b" " * 1_000_000)
+
+    def pickled(self, value: str, good: dict[str, Any]) -> None:
+        """Unpickled, it would leave a file behind."""
+        self.raw(b"cbuiltins\nopen\n(V" + self.judge.marker.encode() + b"\nVw\ntR.")
+
+    def gzipped(self, value: str, good: dict[str, Any]) -> None:
+        self.raw(BOMB, headers={"Content-Encoding": "gzip"})
+
+    def deep(self, value: str, good: dict[str, Any]) -> None:
+        self.raw(b"[" * 200_000)
+
+    def other_id(self, value: str, good: dict[str, Any]) -> None:
+        self.reply(good, headers={"X-Request-Id": "somebody else's"})
+
+    def other_model(self, value: str, good: dict[str, Any]) -> None:
+        self.reply(good | {"model": value})
+
+    def slowly(self, first: bytes, more: bytes) -> None:
+        """For a minute."""
+        self.wfile.write(first)
+        for _ in range(600):
+            self.wfile.write(more)
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def reply(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.raw(json.dumps(value).encode(), status=status, headers=headers)
+
+    def raw(self, content: bytes, kind: str = "application/json", status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Type": kind, "Content-Length": str(len(content))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
 
 
 def brightness(url: str) -> float:

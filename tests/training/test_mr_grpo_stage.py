@@ -22,6 +22,7 @@ from runtime.files import read_json, tensors_digest, write_json
 from runtime.params import ParamsError, check_params
 from training import mr_grpo
 from training.evaluate import run_evaluation, spell_marks
+from training.guards import StepsRefused
 from training.mr_grpo import RewardsMissing
 from training.pictures import Shown
 from training.probe import RewardHacked, paired
@@ -40,10 +41,11 @@ class Brightness:
     names = ("count",)
 
     def __init__(self, silent: Callable[[Group, int], bool] = lambda group, image: False) -> None:
-        self.silent, self.asked = silent, 0
+        self.silent = silent
+        self.groups: list[Group] = []
 
     def __call__(self, group: Group) -> Scores:
-        self.asked += 1
+        self.groups.append(group)
         scores = Scores.missing(self.names, len(group.images))
         for i, image in enumerate(group.images):
             if not self.silent(group, i):
@@ -51,7 +53,7 @@ class Brightness:
         return scores
 
     def facts(self) -> dict[str, float]:
-        return {"asked": float(self.asked)}
+        return {"asked": float(len(self.groups))}
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +184,12 @@ def test_groups_without_spread_make_room_for_others_where_there_are_any(project:
     flat = rewarded_by(monkeypatch, Flat())
     change(project, rewards={"count": 1.0}, noise_floor={"count": 0.0})
     run_stage(project, "mr_grpo")
-    assert [row["zero_variance_share"] for row in history(project)] == [0.5] * 3 and flat.asked == 6
+    assert [row["zero_variance_share"] for row in history(project)] == [0.5] * 3 and len(flat.groups) == 6
     shutil.rmtree(project / "outputs" / "mr_grpo")
     refilled = rewarded_by(monkeypatch, Flat())
     change(project, refill=3)
     run_stage(project, "mr_grpo")
-    assert [row["zero_variance_share"] for row in history(project)] == [0.0] * 3 and refilled.asked == 12
+    assert [row["zero_variance_share"] for row in history(project)] == [0.0] * 3 and len(refilled.groups) == 12
     assert read_json(project / "outputs" / "mr_grpo" / "metrics.json")["samples_seen"] == 12
 
 
@@ -204,14 +206,7 @@ def test_the_average_is_what_is_published(project: Path, undisturbed: Path):
 
 
 def test_edits_are_rolled_out_from_their_references(project: Path, monkeypatch: pytest.MonkeyPatch):
-    groups: list[Group] = []
-
-    class Watched(Brightness):
-        def __call__(self, group: Group) -> Scores:
-            groups.append(group)
-            return super().__call__(group)
-
-    rewarded_by(monkeypatch, Watched())
+    groups = rewarded_by(monkeypatch, Brightness()).groups
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["mixture"]["mr_grpo"] |= {"ratio": {"image_edit": 1, "text_to_image": 1}, "parts": params["mixture"]["sft"]["parts"]}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
@@ -272,14 +267,7 @@ def test_evaluation_items_that_it_was_trained_on_mark_its_scores(project: Path):
 
 
 def test_prompts_without_pictures_are_drawn_at_the_recipes_size(project: Path, monkeypatch: pytest.MonkeyPatch):
-    groups: list[Group] = []
-
-    class Watched(Brightness):
-        def __call__(self, group: Group) -> Scores:
-            groups.append(group)
-            return super().__call__(group)
-
-    rewarded_by(monkeypatch, Watched())
+    groups = rewarded_by(monkeypatch, Brightness()).groups
     (project / "rl.txt").write_text("\n".join(f"a red circle and {i} blue crosses" for i in range(9)))
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["data"]["parts"]["rl"] = {"source": "prompts", "task": "text_to_image", "split": "train", "path": "rl.txt", "licence": "CC0-1.0"}
@@ -325,3 +313,10 @@ def test_a_strip_shows_the_best_and_the_worst_of_one_prompt(project: Path, monke
     run_stage(project, "mr_grpo")
     ((best, worst),) = strips
     assert (best.reward, best.prompt, best.value) == ("count", worst.prompt, pytest.approx(0.9)) and worst.value == pytest.approx(0.1)
+
+
+def test_where_no_update_is_ever_scored_the_stage_ends_and_says_why(project: Path, monkeypatch: pytest.MonkeyPatch):
+    rewarded_by(monkeypatch, Brightness(silent=lambda group, image: True))
+    change(project, rewards={"count": 1.0}, on_low_coverage="skip", guard={"stop_after": 2})
+    with pytest.raises(StepsRefused, match=r"2 steps refused in all.*stop_after is 2; the last was step 1: 0% of the reward values"):
+        run_stage(project, "mr_grpo")

@@ -200,7 +200,7 @@ def test_r1_what_fails_once_is_answered_the_second_time(judge, tmp_path: Path):
     torch.testing.assert_close(preference(one, tmp_path, attempts=13)(group()).values[:, 0], RATES)
 
 
-@pytest.mark.parametrize("fault", ["hang=60", "drip", "headers", "retry_after=3600"])
+@pytest.mark.parametrize("fault", ["hang=60", "drip", "endless_headers", "retry_after=3600"])
 def test_r2_nothing_waits_past_the_deadline(judge, tmp_path: Path, fault: str):
     reward = preference(judge(lambda number: fault), tmp_path)
     began = time.monotonic()
@@ -231,7 +231,8 @@ def test_r4_what_is_no_verdict_is_missing_and_counted(judge, tmp_path: Path, sai
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind"), [("huge", "too_large"), ("json={", "no_json"), ("pickle", "no_json"), ("gzip", "compressed"), ("deep", "no_json")]
+    ("fault", "kind"),
+    [("huge", "too_large"), ("text={", "no_json"), ("pickled", "no_json"), ("gzipped", "compressed"), ("deep", "no_json")],
 )
 def test_r5_no_reply_is_read_beyond_its_cap_decompressed_or_unpickled(judge, tmp_path: Path, fault: str, kind: str):
     one = judge(lambda number: fault)
@@ -258,7 +259,7 @@ def test_r8_a_judge_of_another_name_is_refused_before_it_is_asked(judge, tmp_pat
 
 def test_r8_a_judge_that_changes_its_name_on_the_way_ends_the_run(judge, tmp_path: Path):
     with pytest.raises(JudgeChanged, match="answered as 'judge-9b'"):
-        preference(judge(lambda number: "model=judge-9b" if number == 7 else ""), tmp_path)(group())
+        preference(judge(lambda number: "other_model=judge-9b" if number == 7 else ""), tmp_path)(group())
 
 
 def test_r8_a_judge_that_answers_the_same_question_differently_ends_the_run(judge, tmp_path: Path):
