@@ -47,7 +47,7 @@ def spread_of(values: Tensor, valid: Tensor) -> Tensor:
     """(groups, 1, K) standard deviation of the valid values (groups, G, K) in each group; 0 where there are fewer than two."""
     counts = valid.sum(1, keepdim=True)
     deviations = torch.where(valid, values - mean_of(values, valid), 0.0)
-    return torch.sqrt((deviations**2).sum(1, keepdim=True) / (counts - 1).clamp_min(1))
+    return ((deviations**2).sum(1, keepdim=True) / (counts - 1).clamp_min(1)) ** 0.5  # torch.sqrt differs from CPU to CPU: see sde.py
 
 
 def mean_of(values: Tensor, valid: Tensor) -> Tensor:

@@ -90,7 +90,12 @@ def wait_for_ranks(ranks: Sequence["subprocess.Popen[bytes]"], alone: float = AL
 
 
 def refuse_missing(config: LaunchConfig) -> None:
-    """Raises LaunchRefused, saying what is missing, unless `launch.strategy` and `launch.compile` can be had here."""
+    """Raises LaunchRefused, saying what is missing, unless the ranks, `launch.strategy` and `launch.compile` can be had here."""
+    if torch.cuda.is_available() and config.processes > torch.cuda.device_count():
+        raise LaunchRefused(
+            f"launch.processes: {config.processes} ranks asked for, each on a GPU of its own, and {torch.cuda.device_count()} found. Set at "
+            "most as many, or train on the CPU: CUDA_VISIBLE_DEVICES= (empty) before the command."
+        )
     compiler = os.environ.get("CXX", "g++")
     if config.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
         raise LaunchRefused(
@@ -122,7 +127,7 @@ def build_accelerator(config: LaunchConfig) -> Accelerator:
 
     Raises:
         WorldSizeMismatch: the number of ranks is not `launch.processes`.
-        LaunchRefused: `launch.strategy` or `launch.compile` can't be had here.
+        LaunchRefused: the ranks, `launch.strategy` or `launch.compile` can't be had here.
     """
     refuse_missing(config)
     torch.set_num_threads(config.threads)

@@ -78,7 +78,7 @@ def test_accumulation_makes_up_the_batch_for_any_ranks_and_micro_batch_or_is_ref
 
 def test_every_problem_is_told_at_once(tmp_path: Path):
     path = changed(tmp_path, "steps: 430", "steps: -4")
-    path.write_text(path.read_text().replace("threads: 2", "threads: 0"))
+    path.write_text(path.read_text().replace("threads: 1", "threads: 0"))
     with pytest.raises(ParamsError, match=r"(?s)alignment\.steps.*launch\.threads"):
         load_params(path)
 

@@ -200,6 +200,13 @@ def test_zero2_without_deepspeed_is_refused_by_name():
         build_accelerator(config)
 
 
+def test_more_ranks_than_gpus_are_refused_with_the_way_to_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(LaunchRefused, match=r"2 ranks asked for, each on a GPU of its own, and 1 found\..*CUDA_VISIBLE_DEVICES= \(empty\)"):
+        build_accelerator(LaunchConfig(processes=2))
+
+
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(LaunchRefused, match="needs a C\\+\\+ compiler, and 'no-such-compiler' is not found"):
