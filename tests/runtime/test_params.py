@@ -120,7 +120,7 @@ def test_the_schema_has_bounds_for_every_number_people_tune():
             "  auxiliary: null",
             "mixture.mr_grpo.auxiliary: given, but mr_grpo.auxiliary is null",
         ),
-        ("{batch_size: 32, share: 0.1}", "{batch_size: 33, share: 0.1}", "mr_grpo.auxiliary.batch_size: 33 must be a multiple of 2"),
+        ("{batch_size: 32, share: 0.1}", "{batch_size: 33, share: 0.1}", "mr_grpo.auxiliary.batch_size: 33 must be a multiple of 4"),
         ("share: 0.1}", "share: 0.1, weight: 0.1}", "weight: 0.1 and share: 0.1 given; allowed: one of them"),
         ("  stochastic_steps: 3", "  stochastic_steps: 8", "stochastic_steps: 8 of 8 rollout_steps; allowed: 1..7"),
         ("  sampler: flow_sde\n  eta: 0.7", "  sampler: cps_sde\n  eta: 1.7", "eta: 1.7 given; allowed for cps_sde: up to 1"),
