@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from training.rewards.scores import Scores
+from training.sde import root
 
 EPSILON = 1e-4
 
@@ -47,7 +48,7 @@ def spread_of(values: Tensor, valid: Tensor) -> Tensor:
     """(groups, 1, K) standard deviation of the valid values (groups, G, K) in each group; 0 where there are fewer than two."""
     counts = valid.sum(1, keepdim=True)
     deviations = torch.where(valid, values - mean_of(values, valid), 0.0)
-    return ((deviations**2).sum(1, keepdim=True) / (counts - 1).clamp_min(1)) ** 0.5  # torch.sqrt differs from CPU to CPU: see sde.py
+    return root((deviations**2).sum(1, keepdim=True) / (counts - 1).clamp_min(1))
 
 
 def mean_of(values: Tensor, valid: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 MR-GRPO, paper section 3.3; Flow-GRPO; CPS, arXiv 2509.05952.
 
 sigma > next_sigma are neighbours of the sampler's grid; dt = next_sigma - sigma < 0; D is the number of elements of a latent.
-Roots are written ** 0.5: torch.sqrt goes through MKL, whose last bit is not the same on every kind of CPU.
 """
 
 import math
@@ -25,6 +24,11 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def root(tensor: Tensor) -> Tensor:
+    """The square root, by way of float64: the last bit of MKL's in float32 is another on another kind of CPU."""
+    return tensor.double().sqrt().to(tensor.dtype)
+
+
 def flow_sde_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor, eta: float, largest_sigma: Tensor) -> Step:
     """Euler-Maruyama step of the SDE with the flow's marginals; noise scale g = eta sqrt(sigma / (1 - sigma)).
 
@@ -33,9 +37,9 @@ def flow_sde_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: 
     """
     x, v = precise(latents), precise(velocity)
     dt = next_sigma - sigma
-    g = eta * (sigma / (1 - torch.where(sigma == 1, largest_sigma, sigma))) ** 0.5
+    g = eta * root(sigma / (1 - torch.where(sigma == 1, largest_sigma, sigma)))
     drift = x * (1 + g**2 * dt / (2 * sigma)) + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
-    return Step(drift, g * (-dt) ** 0.5)
+    return Step(drift, g * root(-dt))
 
 
 def cps_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor, eta: float) -> Step:
@@ -43,7 +47,7 @@ def cps_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tenso
     x, v = precise(latents), precise(velocity)
     data, noise = x - sigma * v, x + (1 - sigma) * v
     std = next_sigma * math.sin(eta * math.pi / 2)
-    return Step((1 - next_sigma) * data + (next_sigma**2 - std**2).clamp_min(0) ** 0.5 * noise, std)
+    return Step((1 - next_sigma) * data + root((next_sigma**2 - std**2).clamp_min(0)) * noise, std)
 
 
 def sde_step(sampler: str, latents: Tensor, velocity: Tensor, sigmas: Tensor, index: int, eta: float) -> Step:

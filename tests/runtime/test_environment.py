@@ -10,12 +10,13 @@ import pytest
 from runtime import environment
 from runtime.environment import SAME_INSTRUCTIONS, has_avx2, set_environment
 
-BITS = "bc1065e8d3a9df3c"
+BITS = "e0e08a7617648667"
 SUMS = """
 from runtime.environment import set_environment
 set_environment()
 import hashlib, torch
 from torch.nn import functional as F
+from training.sde import root
 torch.set_num_threads(2)
 draw = torch.Generator().manual_seed(0)
 def normal(*shape): return torch.randn(*shape, generator=draw)
@@ -29,7 +30,7 @@ for _ in range(3):
     weight.grad = normal(5000)
     optimizer.step()
 made = [rows @ square, few @ square, rows.t() @ rows, rows.softmax(-1), F.gelu(rows), F.silu(rows), F.layer_norm(rows, (128,)), rows.exp(),
-        rows.abs() ** 0.5, torch.rsqrt(rows.abs()), rows.sum(), rows.std(), torch.linalg.vector_norm(rows), F.conv2d(normal(8, 48, 4, 4),
+        root(rows.abs()), torch.rsqrt(rows.abs()), rows.sum(), rows.std(), torch.linalg.vector_norm(rows), F.conv2d(normal(8, 48, 4, 4),
         normal(128, 48, 1, 1)), seen, query.grad, weight]
 digest = hashlib.sha256(b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in made)).hexdigest()
 print(torch.backends.cpu.get_cpu_capability(), digest[:16])
