@@ -91,10 +91,11 @@ def wait_for_ranks(ranks: Sequence["subprocess.Popen[bytes]"], alone: float = AL
 
 def refuse_missing(config: LaunchConfig) -> None:
     """Raises LaunchRefused, saying what is missing, unless the ranks, `launch.strategy` and `launch.compile` can be had here."""
-    if torch.cuda.is_available() and config.processes > torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and config.processes > gpus:
         raise LaunchRefused(
-            f"launch.processes: {config.processes} ranks asked for, each on a GPU of its own, and {torch.cuda.device_count()} found. Set at "
-            "most as many, or train on the CPU: CUDA_VISIBLE_DEVICES= (empty) before the command."
+            f"launch.processes: {config.processes} ranks asked for, each on a GPU of its own, and {gpus} found. Set at most as many, or "
+            "train on the CPU: CUDA_VISIBLE_DEVICES= (empty) before the command."
         )
     compiler = os.environ.get("CXX", "g++")
     if config.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:

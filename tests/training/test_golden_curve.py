@@ -1,8 +1,8 @@
 """Twenty steps of every stage against the curves in `tests/golden`: a refactor shows the same numbers.
 
 `DEEPGEN_WRITE_GOLDEN=1 python -m pytest tests/training/test_golden_curve.py` writes them anew, where a change of numerics is meant.
-On the kind of machine that wrote them every bit counts. It does on every x86 machine with AVX2 that holds the project's settings, as far as could be
-tried: `DEEPGEN_EVERY_BIT=1` asks for that, and without it another CPU may differ by `ELSEWHERE`, as one with other settings surely does.
+On the kind of machine that wrote them every bit counts. Under the project's settings it should on every x86 machine with AVX2, which
+`DEEPGEN_EVERY_BIT=1` asks for; without it another CPU may differ by `ELSEWHERE`, as one with other settings surely does.
 """
 
 import os
@@ -27,7 +27,12 @@ ELSEWHERE = {"rtol": 1e-4, "atol": 1e-6}
 def kind_of_machine() -> dict[str, str]:
     """What makes sums come out the same to the bit."""
     cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(), "mkl": os.environ.get("MKL_CBWR"), "torch": torch.__version__}
+    return {
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "mkl": os.environ.get("MKL_CBWR"),
+        "torch": torch.__version__,
+    }
 
 
 @pytest.fixture(scope="module")
