@@ -132,10 +132,17 @@ def test_one_scored_image_of_a_group_teaches_nothing():
     assert made.abs().max() == 0.0
 
 
-def test_a_weight_of_nought_is_as_if_the_reward_were_not_there():
+@pytest.mark.parametrize("norm", ["per_reward", "summed"])
+def test_a_weight_of_nought_is_as_if_the_reward_were_not_there_be_it_missing_or_not(norm: str):
     values = torch.rand(16, 2)
-    both = advantages(scores_of(values), torch.tensor([1.0, 0.0]), 8, noise_floor=0.0, clip=5.0)
-    torch.testing.assert_close(both, advantages(scores_of(values[:, :1]), torch.ones(1), 8, noise_floor=0.0, clip=5.0))
+    both = advantages(masked(values, (5, 1)), torch.tensor([1.0, 0.0]), 8, noise_floor=0.0, clip=5.0, norm=norm)
+    torch.testing.assert_close(both, advantages(scores_of(values[:, :1]), torch.ones(1), 8, noise_floor=0.0, clip=5.0, norm=norm))
+
+
+def test_a_batch_sums_to_nought_where_a_missing_term_has_moved_its_group():
+    values = torch.rand(16, 2)
+    made = advantages(masked(values, (0, 1)), torch.ones(2), 8, noise_floor=0.0, clip=50.0)
+    assert abs(made.sum()) < 1e-5 < abs(made.view(2, 8).sum(1)).min()
 
 
 def test_what_is_missing_leaves_its_weight_to_the_rest():
