@@ -59,6 +59,7 @@ def build(root: Path, steps: int) -> None:
     params = yaml.safe_load((ROOT / "presets" / "tiny.yaml").read_text())
     for part in params["data"]["parts"].values():
         part["samples"] = 512 if part["split"] == "train" else 16
+    params["launch"] |= {"processes": 1, "threads": 2}  # what is measured runs in this process
     for stage in ("alignment", "sft"):
         params[stage] |= {"steps": steps, "checkpoint_every": steps, "validate_every": 0, "board_every": 0}
     for name in ("data", "model", "training", "runtime", "foundation"):

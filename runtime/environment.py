@@ -4,6 +4,7 @@ packages installed, and git."""
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import Distribution, distributions
@@ -36,6 +37,9 @@ def set_environment() -> None:
     os.environ.update(ENVIRONMENT)
     for name, value in (PREFERRED | (SAME_INSTRUCTIONS if has_avx2() else {})).items():
         os.environ.setdefault(name, value)
+    # torch.compile's cache does not ask which instructions its code was made for: shared, it gave wrong numbers and broken memory.
+    cache = f"torchinductor-{os.getuid()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / cache))
 
 
 def has_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
