@@ -23,8 +23,8 @@ ENVIRONMENT = {
     "DVC_NO_ANALYTICS": "1",
     "WDS_SECURE": "1",  # webdataset reads it at import: tar members and URLs never run code
 }
-# torch, MKL and oneDNN choose instructions by the CPU, and with them the order of sums. Held to these, a run has the same bits on every
-# x86 CPU that has AVX2; MKL's own choice is faster (README, "The same bits").
+# torch, MKL and oneDNN choose instructions by the CPU, and with them the order of sums. Held to these, a run is to have the same bits
+# on every x86 CPU with AVX2; their own choice is faster, by half and more (LOG.md).
 SAME_INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
 PREFERRED = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep, so that two processes share two cores

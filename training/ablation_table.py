@@ -205,8 +205,8 @@ def over_base(results: Results, configuration: str, guidances: Iterable[str]) ->
     found = {}
     for guidance in guidances if len(seeds) > 1 else ():
         for name, task in (("generation", "text_to_image"), ("editing", "image_edit")):
-            pairs = [(strict(each[seed]["guidances"][guidance]["outcomes"], task) for each in (other, base)) for seed in seeds]
-            found[f"{name} at guidance {guidance}"] = np.stack([after - before for after, before in pairs])
+            scores = [[strict(each[seed]["guidances"][guidance]["outcomes"], task) for seed in seeds] for each in (other, base)]
+            found[f"{name} at guidance {guidance}"] = np.subtract(*scores)
     return {name: change for name, change in found.items() if change.size}
 
 

@@ -19,7 +19,7 @@ from runtime.exits import Interrupted, StopRequest
 from runtime.files import read_json, sha256_path, tensors_digest, write_json
 from runtime.params import ParamsError, check_params
 from training import ablations
-from training.ablation_table import changes, interval, interval_of_both, score_of, side, table, table_over_start, weighted
+from training.ablation_table import changes, interval, interval_of_both, over_base, score_of, side, table, table_over_start, weighted
 from training.ablations import Item, OtherResult, StageFailed, compact, expand, item_values, load_experiment, plan_items, run_queue
 from training.config import ExperimentConfig
 from training.evaluate import run_evaluation
@@ -180,7 +180,7 @@ def test_two_at_a_time_are_two_and_where_one_fails_the_other_is_stopped_and_no_m
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a dozen processes, one after the other
 def test_a_queue_stopped_in_sft_goes_on_to_the_figures_of_stages_that_nothing_stopped(nano: Path, tmp_path: Path):
-    # So many steps that SFT is still at it when the signal comes, be the machine as busy as it likes.
+    # So many steps that SFT is still at it when the signal comes, on a busy machine too.
     declare(nano, EXPERIMENT | {"seeds": 1, "share_of_steps": 1.0, "overrides": {"sft.steps": 60}})
     base, other = plan_items(nano, "nano", samples=5)
     write_json(other.result, {"digests": other.digests})
@@ -423,6 +423,13 @@ def test_the_interval_is_as_wide_as_that_of_samples_and_as_that_of_seeds():
     assert interval_of_both(samples[:1]) == pytest.approx(interval([0.0, 0.1, 0.2, 0.3]))
 
 
+def test_a_variant_is_held_against_base_of_its_own_seed():
+    base = {0: scored("base", 0, [0.0] * 4, [0, 0, 0, 0], [1] * 4), 1: scored("base", 1, [0.0] * 4, [1, 1, 1, 1], [1] * 4)}
+    other = {0: scored("kl", 0, [0.0] * 4, [1, 0, 0, 0], [1] * 4), 1: scored("kl", 1, [0.0] * 4, [1, 1, 1, 0], [1] * 4)}
+    found = over_base({"base": base, "kl": other}, "kl", ["1.0"])
+    assert found["generation at guidance 1.0"].tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]]
+
+
 @pytest.mark.parametrize(("ends", "said"), [((0.01, 0.2), "rises"), ((-0.2, -0.01), "falls"), ((-0.1, 0.1), "undecided")])
 def test_a_change_is_told_in_words_where_its_interval_leaves_no_doubt(ends: tuple[float, float], said: str):
     assert side(ends) == said
@@ -444,9 +451,10 @@ def test_the_table_of_mr_grpo_tells_each_change_over_the_start_and_each_variant_
         table_over_start(experiment, {"base": base})
 
 
-def test_the_mr_grpo_experiment_of_the_repository_is_settings_that_params_allow():
-    experiment = load_experiment(REPO, "mr_grpo")
+@pytest.mark.parametrize("name", ["mr_grpo", "mr_grpo_guided"])
+def test_the_mr_grpo_experiments_of_the_repository_are_settings_that_params_allow(name: str):
+    experiment = load_experiment(REPO, name)
     preset = yaml.safe_load((REPO / "presets" / f"{experiment.preset}.yaml").read_text())
-    for name, overrides in experiment.configurations().items():
+    for configuration, overrides in experiment.configurations().items():
         params = check_params(item_values(preset, experiment, overrides, seed=2, samples=None))
-        assert (params.mr_grpo.steps, params.mr_grpo.seed, params.mr_grpo.probe) == (preset["mr_grpo"]["steps"], 2, None), name
+        assert (params.mr_grpo.steps, params.mr_grpo.seed, params.mr_grpo.probe) == (preset["mr_grpo"]["steps"], 2, None), configuration
