@@ -205,8 +205,10 @@ def over_base(results: Results, configuration: str, guidances: Iterable[str]) ->
     found = {}
     for guidance in guidances if len(seeds) > 1 else ():
         for name, task in (("generation", "text_to_image"), ("editing", "image_edit")):
-            scores = [[strict(each[seed]["guidances"][guidance]["outcomes"], task) for seed in seeds] for each in (other, base)]
-            found[f"{name} at guidance {guidance}"] = np.subtract(*scores)
+            after, before = (
+                np.stack([strict(each[seed]["guidances"][guidance]["outcomes"], task) for seed in seeds]) for each in (other, base)
+            )
+            found[f"{name} at guidance {guidance}"] = after - before
     return {name: change for name, change in found.items() if change.size}
 
 
