@@ -2,26 +2,32 @@
 
     python benchmarks/rollout.py [--json FILE] [--pairs N] [--latency SECONDS]
 
-Both draw 8 prompts, 8 images each, by 50 steps; a judge on loopback compares every two images of a group in both orders and takes 200 ms
-for each answer. The plain version reads the prompt of every image, and again for the update; adds noise in every step; asks about group
-after group and waits for each; trains 30 of the 50 steps, one at a time. Ours reads each prompt once, rolls out group by group while the
-judge looks at those before, and trains the steps of its window: once the same 30, once 10 neighbours. Times are medians of interleaved
-pairs, in seconds an update; ratios are medians of the pairs' own. hidden: what of the plain version's waiting for the judge ours does not
-wait.
+Both draw 16 prompts, 8 images each, by 50 steps; a judge on loopback, in a process of its own, compares every two images of a group in both
+orders and takes 200 ms for each answer. The plain version reads the prompt of every image, and again for the update; adds noise in every
+step; asks about group after group and waits for each; trains 30 of the 50 steps, one at a time. Ours reads each prompt once, rolls out 8
+groups while the judge looks at the 8 before, and trains the steps of its window: once as many as the plain version, once 4 neighbours, as
+MixGRPO (arXiv 2507.21802) does. Times are medians of interleaved pairs, in seconds an update; ratios are medians of the pairs' own. hidden:
+what of the plain version's waiting for the judge ours does not wait.
 Goals: the window at least twice as fast as plain, and at least 80% hidden.
 """
 
 import argparse
+import asyncio
+import multiprocessing
+import socket
 import statistics
 import sys
 import tempfile
 import time
+import zlib
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import yaml
+from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.train_step import build, quiet
@@ -34,8 +40,8 @@ from model.weights import load_foundation
 from runtime.environment import set_environment
 from runtime.exits import StopRequest
 from runtime.files import write_json
+from runtime.progress import Progress
 from runtime.stage import begin_stage
-from tests.training.fake_judge import MODEL, FakeJudge
 from training.advantages import advantages
 from training.checkpoint import TrainState
 from training.config import MRGRPOConfig
@@ -50,10 +56,11 @@ from training.stages import freeze_for
 from training.tracking import Tracker
 
 FASTER, HIDDEN = 2.0, 0.8
+MODEL = "judge"
 ALIKE = {
-    "prompts_per_step": 8,
+    "prompts_per_step": 16,
     "group_size": 8,
-    "rollout_prompts": 1,
+    "rollout_prompts": 8,
     "micro_batch_size": 64,
     "rollout_steps": 50,
     "stochastic_steps": 30,
@@ -66,11 +73,29 @@ ALIKE = {
     "probe": None,
     "auxiliary": None,
 }
-VARIANTS: dict[str, dict[str, Any]] = {"same 30 steps": {}, "window of 10": {"stochastic_steps": 10, "window": "neighbours"}}
+VARIANTS: dict[str, dict[str, Any]] = {"same 30 steps": {}, "window of 4": {"stochastic_steps": 4, "window": "neighbours"}}
 
 
-def settings(judge: FakeJudge, **changes: Any) -> dict[str, Any]:
-    preference = {"endpoint": judge.endpoint, "model": MODEL, "replay_share": 0.0, "concurrency": 64}
+def judge(delay: float, port: Connection) -> None:
+    """Any image is as good as another: which place wins is drawn from the request."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port.send(listener.getsockname()[1])
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL}]})
+
+    async def answer(request: web.Request) -> web.Response:
+        place = zlib.crc32(await request.read()) % 2 + 1
+        await asyncio.sleep(delay)
+        return web.json_response({"model": MODEL, "choices": [{"message": {"content": f"<answer>Image {place} is better</answer>"}}]})
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", models), web.post("/v1/chat/completions", answer)])
+    web.run_app(app, sock=listener, print=None)
+
+
+def settings(endpoint: str, **changes: Any) -> dict[str, Any]:
+    preference = {"endpoint": endpoint, "model": MODEL, "replay_share": 0.0, "concurrency": 512}
     return ALIKE | {"preference": preference} | changes
 
 
@@ -117,9 +142,9 @@ def plain(model: DeepGen, batch: Batch, config: MRGRPOConfig, reward: Preference
     return {"rollout_s": rolled - began, "reward_s": asked - rolled, "update_s": ended - asked, "seconds": ended - began}
 
 
-def measure(root: Path, judge: FakeJudge, changes: dict[str, Any], pairs: int) -> dict[str, Any]:
+def measure(root: Path, endpoint: str, changes: dict[str, Any], pairs: int) -> dict[str, Any]:
     params = yaml.safe_load((root / "params.yaml").read_text())
-    params["mr_grpo"] |= settings(judge, **changes)
+    params["mr_grpo"] |= settings(endpoint, **changes)
     params["mixture"]["mr_grpo"]["auxiliary"] = None
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     with begin_stage(root, "mr_grpo", StopRequest()) as run:
@@ -132,11 +157,13 @@ def measure(root: Path, judge: FakeJudge, changes: dict[str, Any], pairs: int) -
         alone = config.model_copy(update={"stochastic_steps": ALIKE["stochastic_steps"]})
         reward = Preference(config.preference, run.folder / "plain.jsonl")  # type: ignore[arg-type]
         rows: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
-        for pair in range(pairs + 1):  # the first warms up
-            batch = work.loader.batch(1000 + pair)
-            for name in ("ours", "plain") if pair % 2 else ("plain", "ours"):
-                mine = name == "ours"
-                rows[name].append(ours(work, state) if mine else plain(model, batch, alone, reward, state.optimizer))
+        with Progress(pairs + 1, "pair", f"{config.stochastic_steps} steps trained") as progress:
+            for pair in range(pairs + 1):  # the first warms up
+                batch = work.loader.batch(1000 + pair)
+                for name in ("ours", "plain") if pair % 2 else ("plain", "ours"):
+                    mine = name == "ours"
+                    rows[name].append(ours(work, state) if mine else plain(model, batch, alone, reward, state.optimizer))
+                progress.update(**{name: each[-1]["seconds"] for name, each in rows.items()})
         work.scoring.close()
     medians = {name: {key: statistics.median(row[key] for row in each[1:]) for key in each[0]} for name, each in rows.items()}
     pairs_of = list(zip(rows["ours"][1:], rows["plain"][1:], strict=True))
@@ -153,7 +180,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--latency", type=float, default=0.2, help="seconds the judge takes for an answer")
     arguments = parser.parse_args()
-    judge = FakeJudge(delay=arguments.latency, prefer=lambda first, second: 1 if first > second else 2)
+    mine, theirs = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=judge, args=(arguments.latency, theirs), daemon=True)
+    server.start()
+    endpoint = f"http://127.0.0.1:{mine.recv()}/v1"
     results = []
     with tempfile.TemporaryDirectory(prefix="rollout_") as folder:
         with quiet():
@@ -162,7 +192,7 @@ def main() -> None:
         print(f"{'':<15}{'':<7}{'rollout s':>10}{'reward s':>10}{'update s':>10}{'whole s':>9}{'faster':>8}{'hidden':>8}")
         for name, changes in VARIANTS.items():
             with quiet():
-                row = measure(Path(folder), judge, changes, arguments.pairs)
+                row = measure(Path(folder), endpoint, changes, arguments.pairs)
             goal = "stochastic_steps" in changes
             row |= {"variant": name, "met": not goal or (row["faster"] >= FASTER and row["hidden"] >= HIDDEN)}
             results.append(row)
@@ -171,7 +201,7 @@ def main() -> None:
                 said = f"{row['faster']:>7.2f}x{row['hidden']:>8.0%}" if who == "ours" else ""
                 goals = f"  goals {FASTER:g}x, {HIDDEN:.0%}: {'met' if row['met'] else 'MISSED'}" if goal and who == "ours" else ""
                 print(f"{name:<15}{who:<7}{times}{said}{goals}", flush=True)
-    judge.close()
+    server.terminate()
     if arguments.json:
         write_json(arguments.json, results)
     sys.exit(0 if all(row["met"] for row in results) else 1)

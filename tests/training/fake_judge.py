@@ -34,14 +34,17 @@ class FakeJudge:
         self.seen: list[tuple[float, float]] = []
         self.headers: list[dict[str, str]] = []
         self.lock, self.number, self.under_way, self.most = threading.Lock(), 0, 0, 0
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"judge": self}))
-        self.server.daemon_threads = True
+        self.server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"judge": self}))
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256  # 5 of the library's: of a group's 56 connections at once most would wait for a second SYN, or a fifth
 
 
 class Handler(BaseHTTPRequestHandler):
