@@ -13,6 +13,7 @@ Goals: the window at least twice as fast as plain, and at least 80% hidden.
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import socket
 import statistics
@@ -163,7 +164,8 @@ def measure(root: Path, endpoint: str, changes: dict[str, Any], pairs: int) -> d
                 for name in ("ours", "plain") if pair % 2 else ("plain", "ours"):
                     mine = name == "ours"
                     rows[name].append(ours(work, state) if mine else plain(model, batch, alone, reward, state.optimizer))
-                progress.update(**{name: each[-1]["seconds"] for name, each in rows.items()})
+                with contextlib.redirect_stdout(sys.stderr):  # the table stands alone
+                    progress.update(**{name: each[-1]["seconds"] for name, each in rows.items()})
         work.scoring.close()
     medians = {name: {key: statistics.median(row[key] for row in each[1:]) for key in each[0]} for name, each in rows.items()}
     pairs_of = list(zip(rows["ours"][1:], rows["plain"][1:], strict=True))

@@ -212,7 +212,7 @@ def open_latents(folder: Path, parts: Mapping[str, Part]) -> dict[str, Part]:
 
 
 class Loader:
-    """Batches of a stage's mixture, without end, from micro-batch `start`.
+    """Batches of a stage's mixture, without end: from the first, or from where `restore` says.
 
     A micro-batch has one task and one size, the same on every rank; tasks follow the ratio in a fixed cycle. Each rank takes its slice of
     the global micro-batch, so that the union over ranks is the same whatever their number. Batch number n is a function of n alone: workers
@@ -236,13 +236,12 @@ class Loader:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        start: int = 0,
         workers: int = 0,
         latents: Path | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size: {batch_size} samples can't be shared by {world_size} ranks; it must be a multiple.")
-        self.mixture, self.batch_size, self.rank, self.world_size, self.next = mixture, batch_size, rank, world_size, start
+        self.mixture, self.batch_size, self.rank, self.world_size, self.next = mixture, batch_size, rank, world_size, 0
         self.workers = workers
         self.cycle = cycle(mixture)
         self.streams = {task: TaskStream(mixture, task) for task in mixture["tasks"]}

@@ -109,7 +109,8 @@ def differing_packages(recorded: dict[str, Any] | None) -> list[str]:
     if recorded is None:
         return []
     present = read_environment()
-    rows = [(name, recorded[name], present[name]) for name in ("python", "platform", "cpu")]
+    machine = ("python", "platform", "cpu", "instructions")
+    rows = [(name, recorded[name], present[name]) for name in machine if name in recorded]  # a record of old has no instructions
     then, now = recorded["packages"], present["packages"]
     rows += [(name, then.get(name, "absent"), now.get(name, "absent")) for name in sorted(then | now)]
     return [f"{name}: {before} then, {after} now" for name, before, after in rows if before != after]
@@ -225,6 +226,8 @@ def _environment(facts: dict[str, Any]) -> Iterator[str]:
         "environment", f"{len(environment['packages'])} packages, digest {environment['digest'][:16]}, Python {environment['python']}"
     )
     yield _row("", f"{environment['platform']}, {environment['cpu']}")
+    if "instructions" in environment:
+        yield _row("", environment["instructions"])
     if facts["environment_differs"]:
         yield _row("", "warning: the present environment is another one:")
         yield from (f"    {line}" for line in facts["environment_differs"])

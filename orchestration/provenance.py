@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.datasets import shards_folder
-from runtime.environment import git, installed_packages, packages_digest
+from runtime.environment import git, installed_packages, instructions, packages_digest
 from runtime.files import write_atomic, write_json
 from runtime.params import Params
 from runtime.published import read_manifest
@@ -47,13 +47,14 @@ def files_of_patch(patch: bytes) -> list[str]:
 
 
 def read_environment() -> dict[str, Any]:
-    """Python, platform and every installed package, with the digest of the packages."""
+    """Python, platform, CPU with the instructions it may use, and every installed package, with the digest of the packages."""
     packages = installed_packages()
     return {
         "digest": packages_digest(packages),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
+        "instructions": instructions(),
         "packages": packages,
     }
 

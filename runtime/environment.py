@@ -47,6 +47,11 @@ def has_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return cpuinfo.is_file() and "avx2" in cpuinfo.read_text().split()
 
 
+def instructions() -> str:
+    """Which of the CPU's instructions torch, oneDNN and MKL were told to use: with others a run has other bits."""
+    return " ".join(f"{name}={os.environ.get(name, 'own')}" for name in SAME_INSTRUCTIONS)
+
+
 @cache
 def installed_packages() -> dict[str, str]:
     """`packages_of` what this interpreter has. Read once: it takes a third of a second."""

@@ -125,7 +125,7 @@ class Reinforcement:
         mixture, ranks = read_json(run.root / "outputs" / "mixture" / f"{STAGE}.json"), accelerator.num_processes
         shards, latents = run.root / "outputs" / "shards", run.root / "outputs" / "latents"
         place = (accelerator.process_index, ranks)
-        self.loader = Loader(mixture, shards, self.config.prompts_per_step, *place, start=state.step)
+        self.loader = Loader(mixture, shards, self.config.prompts_per_step, *place)
         self.auxiliary: Loader | None = None
         if self.config.auxiliary is not None:
             self.turns = len(cycle(mixture["auxiliary"]))

@@ -126,7 +126,6 @@ class Supervised:
             self.config.micro_batch_size * accelerator.num_processes,
             accelerator.process_index,
             accelerator.num_processes,
-            start=state.step * self.micro_batches,
             latents=latents,
         )
         if state.data:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.environment import git_state, installed_packages, packages_digest
+from runtime.environment import git_state, installed_packages, instructions, packages_digest
 from runtime.exits import Interrupted
 from runtime.files import sha256_file, tensors_digest
 from runtime.run_folder import claimed, step_of
@@ -284,7 +284,8 @@ def caller_tags() -> dict[str, str]:
 
 
 def environment_tags(run: StageRun) -> dict[str, str]:
-    """Which commit, and which packages: the lock's sha256, the versions that decide numbers, and the digest of all that is installed."""
+    """Which commit, which packages, which of the CPU's instructions: the lock's sha256, the versions that decide numbers, and the digest of
+    all that is installed."""
     import torch
 
     lock = run.root / "constraints.txt"
@@ -292,6 +293,7 @@ def environment_tags(run: StageRun) -> dict[str, str]:
         "constraints": sha256_file(lock) if lock.exists() else "none",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        "instructions": instructions(),
     }
     return git_state(run.root) | facts | {"environment_digest": packages_digest(installed_packages())}
 

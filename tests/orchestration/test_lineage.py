@@ -75,6 +75,16 @@ def test_a_package_of_another_version_is_named_with_both():
     assert differing_packages(recorded) == ["gone: 2.0 then, absent now", f"torch: 0.1 then, {torch} now"]
 
 
+def test_other_instructions_of_the_cpu_are_named_with_both(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    recorded = read_environment()
+    monkeypatch.setenv("MKL_CBWR", "AUTO")
+    (line,) = differing_packages(recorded)
+    before, after = line.removeprefix("instructions: ").split(" then, ")
+    assert "MKL_CBWR=COMPATIBLE" in before and "MKL_CBWR=AUTO now" in after
+    assert differing_packages({name: value for name, value in recorded.items() if name != "instructions"}) == []
+
+
 def test_what_was_not_recorded_is_said_to_be_not_recorded():
     known: dict[str, Any] = {"model": "deepgen", "version": "1", "aliases": [], "registered": "then", "run_id": "r", "model_digest": "d"}
     nothing = dict.fromkeys(("git_commit", "git_dirty", "edits", "preset", "params", "dvc_lock", "data", "licences", "environment"))

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from runtime.environment import instructions
 from runtime.exits import Interrupted
 from runtime.files import read_json, tensors_digest
 from runtime.mlflow_store import open_store
@@ -266,6 +267,7 @@ def test_a_stage_without_a_store_ends_with_the_same_bytes_and_its_trace_comes_la
     assert [metric.step for metric in client.get_metric_history(logged.info.run_id, "loss")] == [1, 2, 3, 4]
     assert tags["parent_stage"] == "foundation" and tags["parent_digest"] == run.digests["input outputs/foundation"]
     assert tags["model_digest"] == without_store and len(tags["environment_digest"]) == 64 and tags["digest.code"] == run.digests["code"]
+    assert tags["instructions"] == instructions()
     boards = [file.path for file in client.list_artifacts(logged.info.run_id, "boards")]
     assert boards == ["boards/step-000002.png", "boards/step-000004.png"]
     models = {model.name: model for model in client.search_logged_models([experiment.experiment_id])}
